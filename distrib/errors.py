@@ -1,0 +1,19 @@
+"""The one way to tell a user that they must change something."""
+
+
+class UserError(Exception):
+    """A user's mistake, said in one line: what, the value, the choices or the fix. Exit code 2, never a traceback."""
+
+
+class Refused(UserError):
+    """A combination that would not be exact, or is not supported; raised before anything is built."""
+
+
+def choose(what: str, value: object, choices: object) -> UserError:
+    """An error that names the value and the choices, with the nearest choice first in mind."""
+    from difflib import get_close_matches
+
+    names = [str(choice) for choice in choices]  # type: ignore[attr-defined]
+    near = get_close_matches(str(value), names, n=1)
+    hint = f" (did you mean {near[0]}?)" if near else ""
+    return UserError(f"{what}={value!r}: choose {', '.join(names)}{hint}")

@@ -1,0 +1,110 @@
+"""Which process this is, among how many, on which device; and the process group between them.
+
+The environment of torchrun, `accelerate launch` (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT) and of
+SLURM's srun (SLURM_PROCID and friends) all end here. Without any, it is one process and no group is made.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+from distrib.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+    from torch.distributed import Store
+
+
+@dataclass(frozen=True)
+class Topology:
+    rank: int = 0
+    world: int = 1
+    local_rank: int = 0
+    local_world: int = 1
+    device_type: str = "cpu"
+
+    @property
+    def device(self) -> torch.device:
+        import torch
+
+        return torch.device("cuda", self.local_rank) if self.device_type == "cuda" else torch.device("cpu")
+
+    @property
+    def main(self) -> bool:
+        return self.rank == 0
+
+
+def _slurm(env: Mapping[str, str]) -> dict[str, str]:
+    """What torchrun would have set, from what srun sets; nothing outside srun or with a single task."""
+    if "RANK" in env or int(env.get("SLURM_NTASKS", "1")) < 2 or "SLURM_PROCID" not in env:
+        return {}
+    address = env.get("MASTER_ADDR") or env.get("SLURM_LAUNCH_NODE_IPADDR") or _first_host(env["SLURM_NODELIST"])
+    return {
+        "RANK": env["SLURM_PROCID"],
+        "WORLD_SIZE": env["SLURM_NTASKS"],
+        "LOCAL_RANK": env.get("SLURM_LOCALID", "0"),
+        "LOCAL_WORLD_SIZE": env.get("SLURM_NTASKS_PER_NODE", "1").split("(")[0],
+        "MASTER_ADDR": address,
+        "MASTER_PORT": env.get("MASTER_PORT") or str(20000 + int(env.get("SLURM_JOB_ID", "0")) % 20000),
+    }
+
+
+def _first_host(nodelist: str) -> str:
+    if "[" not in nodelist:
+        return nodelist.split(",")[0]
+    shown = subprocess.run(["scontrol", "show", "hostnames", nodelist], capture_output=True, text=True, check=True)
+    return shown.stdout.split()[0]
+
+
+def _integer(env: Mapping[str, str], name: str, default: int) -> int:
+    try:
+        return int(env.get(name, default))
+    except ValueError:
+        raise UserError(f"{name}={env[name]!r} in the environment: must be a whole number") from None
+
+
+def read_environment() -> Topology:
+    """The topology that the launcher's environment describes; it sets torchrun's variables when srun started us."""
+    os.environ.update(_slurm(os.environ))
+    rank, world = _integer(os.environ, "RANK", 0), _integer(os.environ, "WORLD_SIZE", 1)
+    if not 0 <= rank < world:
+        raise UserError(f"RANK={rank} with WORLD_SIZE={world} in the environment: RANK must be below WORLD_SIZE")
+    import torch
+
+    return Topology(
+        rank=rank,
+        world=world,
+        local_rank=_integer(os.environ, "LOCAL_RANK", 0),
+        local_world=_integer(os.environ, "LOCAL_WORLD_SIZE", 1),
+        device_type="cuda" if torch.cuda.is_available() else "cpu",
+    )
+
+
+def connect(topology: Topology, timeout: timedelta = timedelta(minutes=10)) -> Store | None:
+    """Make the process group and return its store; None for a single process.
+
+    The store's keys carry torchrun's restart count: a restarted rank must not read the addresses of dead peers.
+    """
+    import torch
+    import torch.distributed as dist
+
+    if topology.device_type == "cuda":
+        torch.cuda.set_device(topology.device)
+    if topology.world == 1:
+        return None
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        if name not in os.environ:
+            raise UserError(f"WORLD_SIZE={topology.world} but no {name} in the environment: start with torchrun")
+    rendezvous = dist.rendezvous("env://", topology.rank, topology.world, timeout=timeout)
+    store, _, _ = next(iter(rendezvous))
+    store = dist.PrefixStore(f"generation-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    backend = "cpu:gloo,cuda:nccl" if topology.device_type == "cuda" else "gloo"
+    dist.init_process_group(
+        backend, store=store, rank=topology.rank, world_size=topology.world, timeout=timeout
+    )
+    return store
