@@ -9,6 +9,10 @@ class Refused(UserError):
     """A combination that would not be exact, or is not supported; raised before anything is built."""
 
 
+class NotFinite(Exception):
+    """A loss or gradient that is NaN or infinite; raised before the weights are touched."""
+
+
 def choose(what: str, value: object, choices: object) -> UserError:
     """An error that names the value and the choices, with the nearest choice first in mind."""
     from difflib import get_close_matches

@@ -108,3 +108,12 @@ def connect(topology: Topology, timeout: timedelta = timedelta(minutes=10)) -> S
         backend, store=store, rank=topology.rank, world_size=topology.world, timeout=timeout
     )
     return store
+
+
+def ensure_group(topology: Topology) -> None:
+    """A process group of one, for engines that want a group even there."""
+    import torch.distributed as dist
+
+    if topology.world == 1 and not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if topology.device_type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)

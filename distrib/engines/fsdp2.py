@@ -1,0 +1,73 @@
+"""FSDP2: parameters, gradients and optimizer states sharded over ranks, one unit gathered at a time.
+
+bf16: fp32 shards are the master weights; they are gathered in bf16 and their gradients reduced in fp32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
+from distrib.engines import Fill
+from distrib.engines.torch_engine import TorchEngine
+from distrib.topology import ensure_group
+from distrib.units import blocks, units
+
+
+class FSDP2(TorchEngine):
+    name = "fsdp2"
+    sharded = True
+
+    def _place(self, fill: Fill) -> nn.Module:
+        ensure_group(self.topology)
+        self._frozen = any(not parameter.requires_grad for parameter in self.model.parameters())
+        self._mesh = init_device_mesh(self.topology.device_type, (self.topology.world,), mesh_dim_names=("data",))
+        names = {name for name, _ in blocks(self.model)}
+        ends = _ends(self.model)
+        for name, unit in units(self.model):
+            fill(self.model, name)
+            unit.to(self.topology.device)
+            if name in names:
+                self._shard(unit)
+        for end in ends:
+            self._shard(end)
+        self._shard(self.model)
+        for buffer_owner in self.model.modules():
+            for leaf, buffer in buffer_owner._buffers.items():
+                if buffer is not None:
+                    buffer_owner._buffers[leaf] = buffer.to(self.topology.device)
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                # FSDP2 averages; every engine sums.
+                module.set_gradient_divide_factor(1.0)
+                module.set_force_sum_reduction_for_comms(True)
+        return self.model
+
+    def _shard(self, unit: nn.Module | list[nn.Module]) -> None:
+        policy = MixedPrecisionPolicy()
+        if self.settings.bf16:
+            policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        fully_shard(unit, mesh=self._mesh, mp_policy=policy)  # type: ignore[arg-type, type-var]
+
+    @contextmanager
+    def micro_batch(self, last: bool) -> Iterator[None]:
+        # Unsynchronised gradients are whole on every rank: cheap for adapters only.
+        assert isinstance(self.model, FSDPModule)
+        self.model.set_requires_gradient_sync(last or not self._frozen)
+        self.model.set_is_last_backward(last)
+        yield
+
+
+def _ends(model: nn.Module) -> list[nn.Module | list[nn.Module]]:
+    """Embedding and head, as one group when they share their weight."""
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()  # type: ignore[operator]
+    if head is None:
+        return [embedding]
+    if head.weight is embedding.weight:
+        return [[embedding, head]]
+    return [embedding, head]

@@ -1,0 +1,133 @@
+"""What the two engines of torch share: the optimizer, the true global norm, clipping, checkpoints."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from distrib.engines import Fill, Settings
+from distrib.errors import NotFinite
+from distrib.topology import Topology
+from distrib.units import blocks
+
+
+class TorchEngine:
+    """A model on one device or sharded over ranks, updated by a torch optimizer. Subclasses wrap and say when to
+    exchange gradients."""
+
+    name: str
+    sharded = False
+
+    def __init__(self, model: nn.Module, fill: Fill, topology: Topology, settings: Settings) -> None:
+        self.model = model
+        self.topology = topology
+        self.settings = settings
+        self.module = self._place(fill)
+        if settings.compile:
+            for _, block in blocks(model):
+                block.compile()
+        self.optimizer = None
+        if settings.optimizer:
+            self.optimizer = settings.optimizer.build(model.named_parameters(), self.sharded)
+
+    def _place(self, fill: Fill) -> nn.Module:
+        """Fill the model's units, put them on the device, and return what a step calls."""
+        raise NotImplementedError
+
+    @contextmanager
+    def micro_batch(self, last: bool) -> Iterator[None]:
+        with torch.autocast(self.topology.device_type, torch.bfloat16, enabled=self.settings.bf16):
+            yield
+
+    def backward(self, loss: Tensor) -> None:
+        loss.backward()
+
+    def gradients(self) -> Iterator[tuple[str, Tensor, str]]:
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad:
+                gradient = parameter.grad if parameter.grad is not None else torch.zeros_like(parameter)
+                if isinstance(gradient, DTensor):
+                    yield name, gradient.to_local(), "shard"
+                else:
+                    yield name, gradient, "replicate"
+
+    def grad_norm(self) -> float:
+        """Over every mesh dimension; a parameter that is shared or replicated counts once."""
+        norms: dict[str, list[Tensor]] = {"shard": [], "replicate": []}
+        for _, gradient, placement in self.gradients():
+            norms[placement].append(torch.linalg.vector_norm(gradient))
+        squares = {kind: self._sum_of_squares(values) for kind, values in norms.items()}
+        if self.topology.world > 1 and norms["shard"]:
+            dist.all_reduce(squares["shard"])
+        return math.sqrt((squares["shard"] + squares["replicate"]).item())
+
+    def _sum_of_squares(self, norms: list[Tensor]) -> Tensor:
+        if not norms:
+            return torch.zeros((), dtype=torch.float64, device=self.topology.device)
+        return torch.stack(norms).double().square().sum()
+
+    def step(self, learning_rate: float, max_grad_norm: float | None) -> float:
+        assert self.optimizer is not None
+        norm = self.grad_norm()
+        if not math.isfinite(norm):
+            self.zero_grad()
+            raise NotFinite(f"the gradient's norm is {norm}")
+        if max_grad_norm and norm > max_grad_norm:
+            scale = max_grad_norm / (norm + 1e-6)
+            torch._foreach_mul_([gradient for _, gradient, _ in self.gradients()], scale)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self.optimizer.step()
+        self.zero_grad()
+        return norm
+
+    def zero_grad(self) -> None:
+        self.model.zero_grad(set_to_none=True)
+
+    def _state(self) -> tuple[dict[str, Tensor], dict[str, object]]:
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
+
+        assert self.optimizer is not None
+        options = StateDictOptions(ignore_frozen_params=True)
+        return get_state_dict(self.model, self.optimizer, options=options)  # type: ignore[return-value]
+
+    def save(self, folder: Path) -> None:
+        import torch.distributed.checkpoint as dcp
+
+        model, optimizer = self._state()
+        dcp.save({"model": model, "optimizer": optimizer}, checkpoint_id=str(folder))
+
+    def load(self, folder: Path) -> None:
+        import torch.distributed.checkpoint as dcp
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, set_state_dict
+
+        model, optimizer = self._state()
+        state = {"model": model, "optimizer": optimizer}
+        dcp.load(state, checkpoint_id=str(folder))
+        assert self.optimizer is not None
+        set_state_dict(
+            self.model,
+            self.optimizer,
+            model_state_dict=state["model"],
+            optim_state_dict=state["optimizer"],  # type: ignore[arg-type]
+            options=StateDictOptions(strict=False),
+        )
+
+    def full_state(self) -> dict[str, Tensor]:
+        state: dict[str, Tensor] = {}
+        frozen = any(not parameter.requires_grad for parameter in self.model.parameters())
+        for name, tensor in self.model.state_dict(keep_vars=True).items():
+            if frozen and not tensor.requires_grad:
+                continue
+            full = tensor.detach()
+            full = full.full_tensor() if isinstance(full, DTensor) else full
+            if self.topology.main:
+                state[name] = full.cpu()
+        return state

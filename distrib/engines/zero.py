@@ -1,0 +1,172 @@
+"""DeepSpeed ZeRO, stages 1 to 3, with optional offload of optimizer states (and stage 3's weights) to host memory.
+
+bf16: DeepSpeed keeps fp32 master weights beside bf16 ones and accumulates gradients in fp32.
+Checkpoints are DeepSpeed's own; another number of ranks reads them through its universal form.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from distrib.engines import Fill, Settings
+from distrib.errors import NotFinite, Refused
+from distrib.topology import Topology, ensure_group
+from distrib.units import blocks, units
+
+TAG = "zero"
+
+
+class Zero:
+    name = "zero"
+
+    def __init__(self, model: nn.Module, fill: Fill, topology: Topology, settings: Settings) -> None:
+        if settings.compile:
+            raise Refused("compile=true with engine.name='zero': choose ddp or fsdp2, or compile=false")
+        ensure_group(topology)
+        deepspeed = _import_deepspeed()
+        self.model = model
+        self.topology = topology
+        self.settings = settings
+        config = self._config()
+        _place(deepspeed, model, fill, topology, settings, config)
+        optimizer = None
+        if settings.optimizer:
+            optimizer = settings.optimizer.build(model.named_parameters(), sharded=True)
+        elif settings.stage < 3:
+            self.module: Any = model
+            return
+        self.module, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+
+    def _config(self) -> dict[str, Any]:
+        settings = self.settings
+        zero: dict[str, Any] = {
+            "stage": settings.stage if settings.optimizer or settings.stage == 3 else 0,
+            "overlap_comm": self.topology.device_type == "cuda",
+            "contiguous_gradients": self.topology.device_type == "cuda",
+        }
+        if settings.offload:
+            zero["offload_optimizer"] = {"device": "cpu"}
+            if settings.stage == 3:
+                zero["offload_param"] = {"device": "cpu"}
+        return {
+            "train_micro_batch_size_per_gpu": 1,
+            "gradient_accumulation_steps": 1,
+            "zero_optimization": zero,
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
+            "bf16": {"enabled": settings.bf16},
+            "data_types": {"grad_accum_dtype": "fp32"},
+            "gradient_clipping": 0.0,
+            "steps_per_print": 2**62,
+            "wall_clock_breakdown": False,
+        }
+
+    @contextmanager
+    def micro_batch(self, last: bool) -> Iterator[None]:
+        self.module.set_gradient_accumulation_boundary(last)
+        yield
+
+    def backward(self, loss: Tensor) -> None:
+        # DeepSpeed averages over ranks; every engine sums.
+        self.module.backward(loss * self.topology.world)
+
+    def gradients(self) -> Iterator[tuple[str, Tensor, str]]:
+        """Gathered: DeepSpeed keeps flat partitions that need not follow the parameters' shapes."""
+        from deepspeed.utils import safe_get_full_grad
+
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad:
+                yield name, safe_get_full_grad(parameter), "replicate"
+
+    def step(self, learning_rate: float, max_grad_norm: float | None) -> float:
+        optimizer = self.module.optimizer
+        optimizer.clip_grad = max_grad_norm or 0.0
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate
+        self.module.step()
+        norm = float(self.module.get_global_grad_norm())
+        if not math.isfinite(norm):
+            raise NotFinite(f"the gradient's norm is {norm}")
+        return norm
+
+    def zero_grad(self) -> None:
+        self.module.zero_grad()
+
+    def save(self, folder: Path) -> None:
+        self.module.save_checkpoint(str(folder), tag=TAG, exclude_frozen_parameters=True)
+
+    def load(self, folder: Path) -> None:
+        import torch.distributed as dist
+
+        shards = len(list((folder / TAG).glob("*optim_states.pt")))
+        if shards != self.topology.world:
+            if self.topology.main and not (folder / "universal").exists():
+                _to_universal(folder)
+            dist.barrier()
+            raise NotImplementedError
+        self.module.load_checkpoint(str(folder), tag=TAG, load_module_strict=False)
+
+    def full_state(self) -> dict[str, Tensor]:
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        frozen = any(not parameter.requires_grad for parameter in self.model.parameters())
+        state: dict[str, Tensor] = {}
+        for name, parameter in self.model.named_parameters(remove_duplicate=False):
+            if parameter.requires_grad:
+                full = safe_get_full_fp32_param(parameter)
+                if self.topology.main:
+                    state[name] = full.detach().cpu().clone()
+        if not frozen and self.topology.main:
+            state |= {name: buffer.cpu() for name, buffer in _persistent_buffers(self.model)}
+        return state
+
+
+def _import_deepspeed() -> Any:
+    """DeepSpeed without its just-in-time builds: neither a compiler nor a GPU is needed to start."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    warnings.filterwarnings("ignore", message=r".*torch.distributed.\w+_tensor. is deprecated", category=FutureWarning)
+    import deepspeed
+    from deepspeed.utils import logger
+
+    logger.setLevel("ERROR")
+    # Even for gloo it would compile a shared-memory all-reduce; a private switch, pinned by a test.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist_backend="gloo", verbose=False)
+    return deepspeed
+
+
+def _place(
+    deepspeed: Any, model: nn.Module, fill: Fill, topology: Topology, settings: Settings, config: dict[str, Any]
+) -> None:
+    for name, unit in units(model):
+        fill(model, name)
+        if settings.bf16:
+            unit.to(torch.bfloat16)
+        unit.to(topology.device)
+        if settings.stage == 3:
+            deepspeed.zero.Init(module=unit, config_dict_or_path=config)
+    if settings.stage == 3:
+        deepspeed.utils.set_z3_leaf_modules(model, sorted({type(block) for _, block in blocks(model)}, key=str))
+        if any(not parameter.requires_grad for parameter in model.parameters()):
+            model.enable_input_require_grads()  # type: ignore[operator]
+
+
+def _persistent_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    for name, value in model.state_dict().items():
+        if name not in parameters:
+            yield name, value
+
+
+def _to_universal(folder: Path) -> None:
+    raise NotImplementedError

@@ -1,0 +1,81 @@
+"""Optimizers and learning-rate schedules. A schedule is a pure function of the step, so resuming needs no state."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from distrib.errors import Refused
+
+ELEMENTWISE = {"adamw", "adam", "sgd", "nadam", "radam", "adamax", "adagrad", "rmsprop"}
+
+
+@dataclass(frozen=True)
+class OptimizerSpec:
+    """`name` is one of torch.optim's, lower case. Weight decay leaves vectors (norms, biases) alone."""
+
+    name: str = "adamw"
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    momentum: float = 0.0
+    weight_decay: float = 0.0
+
+    def build(self, named_parameters: Iterable[tuple[str, nn.Parameter]], sharded: bool) -> Optimizer:
+        if sharded and self.name not in ELEMENTWISE:
+            raise Refused(
+                f"optimizer.name={self.name!r} looks at whole matrices, which a sharding engine splits: "
+                f"choose {', '.join(sorted(ELEMENTWISE))}, or engine ddp"
+            )
+        trainable = [parameter for _, parameter in named_parameters if parameter.requires_grad]
+        # ZeRO-3 leaves an empty tensor behind and the shape beside it.
+        dimensions = [len(getattr(parameter, "ds_shape", parameter.shape)) for parameter in trainable]
+        matrices = [parameter for parameter, count in zip(trainable, dimensions, strict=True) if count > 1]
+        vectors = [parameter for parameter, count in zip(trainable, dimensions, strict=True) if count <= 1]
+        groups = [
+            {"params": matrices, "weight_decay": self.weight_decay},
+            {"params": vectors, "weight_decay": 0.0},
+        ]
+        groups = [group for group in groups if group["params"]]
+        match self.name:
+            case "adamw" | "adam":
+                cls = torch.optim.AdamW if self.name == "adamw" else torch.optim.Adam
+                return cls(groups, lr=0.0, betas=self.betas, eps=self.eps, fused=True)
+            case "nadam" | "radam" | "adamax":
+                cls = {"nadam": torch.optim.NAdam, "radam": torch.optim.RAdam, "adamax": torch.optim.Adamax}[self.name]
+                return cls(groups, lr=0.0, betas=self.betas, eps=self.eps)
+            case "sgd":
+                return torch.optim.SGD(groups, lr=0.0, momentum=self.momentum)
+            case "adagrad":
+                return torch.optim.Adagrad(groups, lr=0.0, eps=self.eps)
+            case "rmsprop":
+                return torch.optim.RMSprop(groups, lr=0.0, eps=self.eps, momentum=self.momentum)
+            case "adafactor":
+                return torch.optim.Adafactor(groups, lr=0.0)
+        raise Refused(f"optimizer.name={self.name!r}: choose {', '.join(sorted(ELEMENTWISE))} or adafactor")
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Linear warmup, then cosine or linear decay to zero at `steps`, or a constant."""
+
+    learning_rate: float
+    steps: int
+    warmup: int = 0
+    kind: str = "cosine"
+
+    def __call__(self, step: int) -> float:
+        """The learning rate of step 0, 1, ..."""
+        if step < self.warmup:
+            return self.learning_rate * (step + 1) / self.warmup
+        done = (step - self.warmup) / max(1, self.steps - self.warmup)
+        match self.kind:
+            case "cosine":
+                return self.learning_rate * 0.5 * (1.0 + math.cos(math.pi * min(1.0, done)))
+            case "linear":
+                return self.learning_rate * max(0.0, 1.0 - done)
+        return self.learning_rate

@@ -1,0 +1,42 @@
+"""The units that a model is filled, sharded and compiled by: its blocks, and every module outside them with weights."""
+
+from __future__ import annotations
+
+from torch import nn
+
+
+def blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The repeated layers, by the class names that the model declares unsplittable, else its longest module list.
+
+    Class names are looked up along the inheritance, since an edit may have put a subclass in place.
+    """
+    declared: set[str] = set()
+    for module in model.modules():
+        declared.update(getattr(module, "_no_split_modules", None) or ())
+    found = [(name, module) for name, module in model.named_modules() if declared & _class_names(module)]
+    if not found:
+        lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+        if lists:
+            name, longest = max(lists, key=lambda item: len(item[1]))
+            found = [(f"{name}.{index}", block) for index, block in longest.named_children()]
+    return [(name, module) for name, module in found if not _inside(name, [other for other, _ in found])]
+
+
+def units(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Blocks, then what is left outside them; in the order of the model, so that every rank walks the same way."""
+    inside = [name for name, _ in blocks(model)]
+    found = []
+    for name, module in model.named_modules():
+        if name in inside:
+            found.append((name, module))
+        elif not _inside(name, inside) and next(module.parameters(recurse=False), None) is not None:
+            found.append((name, module))
+    return found
+
+
+def _class_names(module: nn.Module) -> set[str]:
+    return {cls.__name__ for cls in type(module).__mro__}
+
+
+def _inside(name: str, others: list[str]) -> bool:
+    return any(name.startswith(other + ".") for other in others)

@@ -1,0 +1,288 @@
+"""From a recipe to a model: its structure without memory for the weights, and where each weight comes from.
+
+A model is built with its parameters on the meta device, so that no rank ever holds what it does not own. Engines ask
+`Weights.fill` for one unit (a block, an embedding, a head) at a time, and shard it before they ask for the next.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from distrib.errors import UserError
+from distrib.topology import Topology
+from launch.tokenizer import BYTE_VOCABULARY
+from strategies.core.edits import base_name
+
+if TYPE_CHECKING:
+    from launch.recipe import Recipe
+
+BUILT_IN: dict[str, dict[str, Any]] = {
+    "tiny": {
+        "hidden_size": 128,
+        "intermediate_size": 384,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    },
+    "small": {
+        "hidden_size": 512,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+    },
+}
+
+
+def load_config(recipe: Recipe) -> Any:
+    """The model's configuration, with the recipe's overrides; text models with a causal head only."""
+    from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
+
+    if recipe.model_name_or_path in BUILT_IN:
+        known = BUILT_IN[recipe.model_name_or_path] | {
+            "vocab_size": BYTE_VOCABULARY,
+            "max_position_embeddings": 32768,
+            "tie_word_embeddings": True,
+        }
+        config = LlamaConfig(**known)
+    else:
+        where = _local(recipe.model_name_or_path)
+        try:
+            config = AutoConfig.from_pretrained(where, **_hub(recipe))
+        except (OSError, ValueError, KeyError) as error:
+            raise UserError(
+                f"model_name_or_path={recipe.model_name_or_path!r}: {_first_line(error)}; choose "
+                f"{', '.join(BUILT_IN)}, a folder with config.json, or a hub name"
+            ) from None
+    for key, value in recipe.config_overrides.items():
+        if not hasattr(config, key):
+            raise UserError(f"config_overrides.{key}={value!r}: {type(config).__name__} has no such field")
+        setattr(config, key, value)
+    if type(config) not in AutoModelForCausalLM._model_mapping and not recipe.trust_remote_code:
+        raise UserError(
+            f"model_name_or_path={recipe.model_name_or_path!r}: {type(config).__name__} is not a causal language "
+            "model of text; choose one that AutoModelForCausalLM loads"
+        )
+    longest = getattr(config, "max_position_embeddings", None)
+    if longest and recipe.max_length > longest:
+        raise UserError(f"max_length={recipe.max_length}: this model takes at most {longest} tokens")
+    return config
+
+
+def _local(name: str) -> str:
+    """A path that exists is a folder; anything that looks like a path but does not exist is the user's mistake."""
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return str(path)
+    if path.is_file():
+        raise UserError(f"model_name_or_path={name!r} is a file: name the folder that holds config.json")
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise UserError(
+            f"model_name_or_path={name!r}: no such folder; choose {', '.join(BUILT_IN)}, "
+            "a folder with config.json, or a hub name"
+        )
+    return name
+
+
+def _hub(recipe: Recipe) -> dict[str, Any]:
+    return {"revision": recipe.model_revision or "main", "trust_remote_code": recipe.trust_remote_code}
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0][:200]
+
+
+def build(recipe: Recipe, config: Any, dtype: torch.dtype | None = None) -> nn.Module:
+    """The model with parameters on the meta device and real buffers, with LoRA when the recipe asks for it.
+
+    Trainable parameters are fp32 (they are the master weights); under `bf16` the frozen ones are bf16.
+    `dtype` overrides both.
+    """
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+
+    frozen = recipe.lora_r > 0
+    base = dtype or (torch.bfloat16 if recipe.bf16 and frozen else torch.float32)
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(config, dtype=base, trust_remote_code=recipe.trust_remote_code)
+    model.tie_weights()
+    model.config.use_cache = False
+    return _with_lora(recipe, model, dtype or torch.float32) if frozen else model
+
+
+def _with_lora(recipe: Recipe, model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    from peft import LoraConfig, TaskType, get_peft_model
+
+    settings = LoraConfig(
+        r=recipe.lora_r,
+        lora_alpha=recipe.lora_alpha,
+        lora_dropout=recipe.lora_dropout,
+        target_modules=recipe.lora_target_modules,
+        task_type=TaskType.CAUSAL_LM,
+    )
+    settings.base_model_name_or_path = recipe.model_name_or_path
+    try:
+        adapted = get_peft_model(model, settings, low_cpu_mem_usage=True)
+    except ValueError as error:
+        raise UserError(f"lora_target_modules={recipe.lora_target_modules!r}: {_first_line(error)}") from None
+    for name, parameter in adapted.named_parameters():
+        if parameter.requires_grad and "lora_" in name:
+            parameter.data = parameter.data.to(dtype)
+    return adapted  # type: ignore[no-any-return]
+
+
+class Weights:
+    """Where every parameter of a model on the meta device comes from: a seed, a folder of safetensors, or the hub.
+
+    Random weights are drawn unit by unit from (seed, the unit's name), so they do not depend on the engine or the
+    number of ranks. A checkpoint whose names are the model's own is read tensor by tensor; any other goes through
+    Transformers' own conversion on rank 0, which then holds one whole copy in host memory, and is broadcast.
+    """
+
+    def __init__(self, recipe: Recipe, config: Any, topology: Topology) -> None:
+        self._recipe = recipe
+        self._topology = topology
+        self._blueprint = build(recipe.model_copy(update={"lora_r": 0}), config)
+        self._files: dict[str, Path] = {}
+        self._converted: Mapping[str, Tensor] | None = None
+        self._random = recipe.model_name_or_path in BUILT_IN or recipe.init == "random"
+        if not self._random:
+            self._open()
+
+    def _open(self) -> None:
+        folder = self._download()
+        index = folder / "model.safetensors.index.json"
+        if index.exists():
+            shards = json.loads(index.read_text())["weight_map"]
+            self._files = {name: folder / file for name, file in shards.items()}
+        elif (folder / "model.safetensors").exists():
+            from safetensors import safe_open
+
+            with safe_open(folder / "model.safetensors", "pt") as file:
+                self._files = dict.fromkeys(file.keys(), folder / "model.safetensors")
+        else:
+            raise UserError(
+                f"model_name_or_path={self._recipe.model_name_or_path!r} holds no safetensors weights: "
+                "give a folder with model.safetensors, or `init: random`"
+            )
+        needed = {name for name, _ in self._blueprint.named_parameters()}
+        if not needed <= self._files.keys():
+            self._convert(folder)
+
+    def _download(self) -> Path:
+        where = _local(self._recipe.model_name_or_path)
+        if Path(where).is_dir():
+            return Path(where)
+        from huggingface_hub import snapshot_download
+
+        try:
+            patterns = ["*.json", "*.safetensors", "*.model", "*.txt"]
+            return Path(snapshot_download(where, revision=self._recipe.model_revision, allow_patterns=patterns))
+        except OSError as error:
+            raise UserError(f"model_name_or_path={where!r}: {_first_line(error)}") from None
+
+    def _convert(self, folder: Path) -> None:
+        from transformers import AutoModelForCausalLM
+
+        if self._topology.main:
+            model, report = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=torch.float32, output_loading_info=True, **_hub(self._recipe)
+            )
+            if report["missing_keys"]:
+                raise UserError(
+                    f"model_name_or_path={self._recipe.model_name_or_path!r} lacks {len(report['missing_keys'])} "
+                    f"weights, the first is {min(report['missing_keys'])}"
+                )
+            self._converted = model.state_dict()
+        else:
+            self._converted = {}
+
+    def fill(self, model: nn.Module, unit_name: str) -> None:
+        """Give every meta parameter below `unit_name` its values, on the CPU; shared parameters stay shared."""
+        unit = model.get_submodule(unit_name)
+        drawn = self._draw(unit_name) if self._random else {}
+        owners = _owners(model)
+        for name, old in list(unit.named_parameters(prefix=unit_name)):
+            if old.device.type != "meta":
+                continue
+            if "lora_" in name:
+                value = _lora(name, old, self._recipe.seed)
+            else:
+                value = drawn[base_name(name)] if self._random else self._read(base_name(name), old)
+            new = nn.Parameter(value.to(old.dtype), requires_grad=old.requires_grad)
+            for owner, leaf in owners[id(old)]:
+                owner._parameters[leaf] = new
+        for name, buffer in unit.named_buffers(prefix=unit_name):
+            if base_name(name) in self._files:
+                buffer.copy_(self._read(base_name(name), buffer))
+
+    def _draw(self, unit_name: str) -> dict[str, Tensor]:
+        name = base_name(unit_name)
+        unit = copy.deepcopy(self._blueprint.get_submodule(name))
+        for module in unit.modules():
+            for leaf, old in module._parameters.items():
+                if old is not None:
+                    module._parameters[leaf] = nn.Parameter(torch.empty_like(old, device="cpu"))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(_key(self._recipe.seed, name))
+            with torch.no_grad():
+                unit.apply(self._blueprint._init_weights)  # type: ignore[operator, arg-type]
+        return {key: value.data for key, value in unit.named_parameters(prefix=name)}
+
+    def _read(self, name: str, like: Tensor) -> Tensor:
+        if self._converted is None:
+            from safetensors import safe_open
+
+            with safe_open(self._files[name], "pt") as file:
+                value: Tensor = file.get_tensor(name)
+        else:
+            value = self._broadcast(name, like)
+        if value.shape != like.shape:
+            raise UserError(
+                f"model_name_or_path={self._recipe.model_name_or_path!r}: {name} has shape {tuple(value.shape)}, "
+                f"the configuration wants {tuple(like.shape)}"
+            )
+        return value
+
+    def _broadcast(self, name: str, like: Tensor) -> Tensor:
+        assert self._converted is not None
+        if self._topology.world == 1:
+            return self._converted[name].data
+        import torch.distributed as dist
+
+        value = self._converted[name].data if self._topology.main else torch.empty(like.shape)
+        value = value.to(self._topology.device)
+        dist.broadcast(value, src=0)
+        return value.cpu()
+
+
+def _owners(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
+    """Every (module, attribute) that holds a parameter, by the parameter's identity."""
+    owners: dict[int, list[tuple[nn.Module, str]]] = {}
+    for module in model.modules():
+        for leaf, parameter in module._parameters.items():
+            if parameter is not None:
+                owners.setdefault(id(parameter), []).append((module, leaf))
+    return owners
+
+
+def _lora(name: str, like: Tensor, seed: int) -> Tensor:
+    """LoRA as its paper starts it: A uniform as a linear layer's weight, B zero."""
+    value = torch.zeros(like.shape)
+    if "lora_A" in name or "lora_embedding_A" in name:
+        generator = torch.Generator().manual_seed(_key(seed, name))
+        nn.init.kaiming_uniform_(value, a=5**0.5, generator=generator)
+    return value
+
+
+def _key(seed: int, name: str) -> int:
+    from hashlib import blake2b
+
+    return int.from_bytes(blake2b(f"{seed}:{name}".encode(), digest_size=8).digest(), "little") >> 1
