@@ -46,6 +46,20 @@ class Result:
     tokens: int
 
 
+@dataclass(frozen=True)
+class Window:
+    """One rank's share of a global batch: micro-batches, the ids of its rows, and what they count.
+
+    Every rank has the same number of micro-batches; fillers learn nothing and count nowhere.
+    """
+
+    micro_batches: list[Batch]
+    ids: list[int]
+    tokens: int
+    nonpad_tokens: int
+    loss_tokens: int
+
+
 class Step(Protocol):
     """Runs every forward and backward of one global batch; gradients are left with the engine."""
 

@@ -9,6 +9,10 @@ class Refused(UserError):
     """A combination that would not be exact, or is not supported; raised before anything is built."""
 
 
+class Interrupted(Exception):
+    """Stopped early with a checkpoint; the same command goes on. Exit code 75."""
+
+
 class NotFinite(Exception):
     """A loss or gradient that is NaN or infinite; raised before the weights are touched."""
 

@@ -6,15 +6,18 @@ Checkpoints are DeepSpeed's own; another number of ranks reads them through its 
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import math
 import os
+import shutil
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from distrib.engines import Fill, Settings
@@ -70,7 +73,7 @@ class Zero:
             "wall_clock_breakdown": False,
         }
 
-    @contextmanager
+    @contextlib.contextmanager
     def micro_batch(self, last: bool) -> Iterator[None]:
         self.module.set_gradient_accumulation_boundary(last)
         yield
@@ -105,15 +108,35 @@ class Zero:
         self.module.save_checkpoint(str(folder), tag=TAG, exclude_frozen_parameters=True)
 
     def load(self, folder: Path) -> None:
-        import torch.distributed as dist
-
         shards = len(list((folder / TAG).glob("*optim_states.pt")))
-        if shards != self.topology.world:
-            if self.topology.main and not (folder / "universal").exists():
-                _to_universal(folder)
-            dist.barrier()
-            raise NotImplementedError
-        self.module.load_checkpoint(str(folder), tag=TAG, load_module_strict=False)
+        if shards == self.topology.world:
+            self.module.load_checkpoint(str(folder), tag=TAG, load_module_strict=False)
+        else:
+            self._load_universal(folder)
+
+    def _load_universal(self, folder: Path) -> None:
+        """Another number of ranks: rank 0 rewrites the shards parameter by parameter, every rank takes its part."""
+        target = folder / "universal"
+        if self.topology.main and not target.exists():
+            draft = folder / ".universal.draft"
+            shutil.rmtree(draft, ignore_errors=True)
+            _convert_to_universal(folder / TAG, draft)
+            draft.rename(target)
+        dist.barrier()
+        inner = self.module.optimizer.optimizer
+        decays = [group["weight_decay"] for group in inner.param_groups]
+        config = self.module._config
+        config.load_universal_checkpoint = True
+        try:
+            self.module.load_checkpoint(str(folder), tag=target.name, load_module_strict=False)
+        finally:
+            config.load_universal_checkpoint = False
+        # Stage 3 gives every group the first one's settings, and all parameters one shared step counter.
+        for group, decay in zip(inner.param_groups, decays, strict=True):
+            group["weight_decay"] = decay
+        for state in inner.state.values():
+            if isinstance(state.get("step"), Tensor):
+                state["step"] = state["step"].clone()
 
     def full_state(self) -> dict[str, Tensor]:
         from deepspeed.utils import safe_get_full_fp32_param
@@ -132,6 +155,8 @@ class Zero:
 
 def _import_deepspeed() -> Any:
     """DeepSpeed without its just-in-time builds: neither a compiler nor a GPU is needed to start."""
+    # It reads the launcher's variable even when one process was started without a launcher.
+    os.environ.setdefault("LOCAL_RANK", "0")
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     warnings.filterwarnings("ignore", message=r".*torch.distributed.\w+_tensor. is deprecated", category=FutureWarning)
@@ -168,5 +193,17 @@ def _persistent_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
             yield name, value
 
 
-def _to_universal(folder: Path) -> None:
-    raise NotImplementedError
+def _convert_to_universal(source: Path, target: Path) -> None:
+    from deepspeed.checkpoint import ds_to_universal
+
+    options = argparse.Namespace(
+        input_folder=str(source),
+        output_folder=str(target),
+        num_extract_workers=1,
+        num_merge_workers=1,
+        keep_temp_folder=False,
+        strict=True,
+        inject_missing_state=True,
+    )
+    with contextlib.redirect_stdout(None):
+        ds_to_universal.main(options)

@@ -1,0 +1,108 @@
+"""Checkpoints of a run: `checkpoints/step-N/`, complete once `manifest.json` is in it.
+
+A checkpoint is written under a temporary name and renamed, so a kill at any moment leaves the one before intact. The
+position in the data and all randomness follow from the step, so beside the engine's state there is little to keep.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch.distributed as dist
+
+from distrib.contracts import Engine
+from distrib.errors import UserError
+
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What is known of a run after `step` optimizer steps, over all ranks."""
+
+    step: int = 0
+    tokens: int = 0
+    nonpad_tokens: int = 0
+    loss_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class Manifest:
+    progress: Progress
+    world: int
+    engine: str
+    global_batch: int
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """Complete ones, oldest first."""
+    found = [path for path in (run / "checkpoints").glob("step-*") if (path / MANIFEST).exists()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+
+
+def read_manifest(checkpoint: Path) -> Manifest:
+    try:
+        fields = json.loads((checkpoint / MANIFEST).read_text())
+        return Manifest(**fields | {"progress": Progress(**fields["progress"])})
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{checkpoint} is not a checkpoint that can be read: {error}") from None
+
+
+def save(run: Path, engine: Engine, manifest: Manifest, keep: int | None) -> Path:
+    """Every rank calls it; returns when all have written."""
+    final = run / "checkpoints" / f"step-{manifest.progress.step}"
+    draft = final.with_name(f".{final.name}.draft")
+    if engine.topology.main:
+        shutil.rmtree(draft, ignore_errors=True)
+        draft.mkdir(parents=True)
+    wait(engine)
+    engine.save(draft / "engine")
+    wait(engine)
+    if engine.topology.main:
+        write_text(draft / MANIFEST, json.dumps(asdict(manifest), indent=1))
+        shutil.rmtree(final, ignore_errors=True)
+        draft.rename(final)
+        _sync(final.parent)
+        for old in checkpoints(run)[: -keep if keep else 0]:
+            shutil.rmtree(old)
+    wait(engine)
+    return final
+
+
+def load(checkpoint: Path, engine: Engine) -> Manifest:
+    manifest = read_manifest(checkpoint)
+    if manifest.engine != engine.name:
+        raise UserError(
+            f"engine.name={engine.name!r}: {checkpoint} was written by {manifest.engine!r}; use that engine, "
+            "or start from its export"
+        )
+    engine.load(checkpoint / "engine")
+    return manifest
+
+
+def write_text(path: Path, text: str) -> None:
+    """Whole or not at all, and on the disk."""
+    draft = path.with_name(f".{path.name}.draft")
+    with draft.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    draft.rename(path)
+    _sync(path.parent)
+
+
+def _sync(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def wait(engine: Engine) -> None:
+    if engine.topology.world > 1:
+        dist.barrier()

@@ -1,0 +1,32 @@
+"""The append-only files of a run (`metrics.jsonl`, `samples.jsonl`): one JSON object a line, each with its `step`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from distrib.checkpoint import write_text
+
+
+class Journal:
+    """Appends lines; opening it at a step drops what a stopped run wrote after that step, or wrote half."""
+
+    def __init__(self, path: Path, step: int) -> None:
+        kept = [line for line in read(path) if line["step"] <= step]
+        if path.exists() or kept:
+            write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
+        self._file = path.open("a", buffering=1)
+
+    def write(self, line: dict[str, Any]) -> None:
+        self._file.write(json.dumps(line) + "\n")
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a journal; a last one that was cut off is left out."""
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
