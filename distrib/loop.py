@@ -86,8 +86,8 @@ class Loop:
 
     def run(self, progress: Progress) -> Progress:
         """From `progress` to the plan's last step; raises Interrupted after a checkpoint when told to stop."""
-        journals = [Journal(self.plan.run / name, progress.step) for name in ("metrics.jsonl", "samples.jsonl")]
-        self._metrics, self._samples = journals if self.topology.main else (None, None)
+        names = ("metrics", "samples", "evaluations") if self.topology.main else ()
+        self._journals = {name: Journal(self.plan.run / f"{name}.jsonl", progress.step) for name in names}
         handlers = {kind: signal.signal(kind, self._ask_to_stop) for kind in (signal.SIGTERM, signal.SIGINT)}
         try:
             while progress.step < self.plan.steps:
@@ -95,7 +95,7 @@ class Loop:
         finally:
             for kind, handler in handlers.items():
                 signal.signal(kind, handler)
-            for journal in journals:
+            for journal in self._journals.values():
                 journal.close()
         return progress
 
@@ -161,9 +161,9 @@ class Loop:
     ) -> None:
         due = progress.step % self.plan.logging_steps == 0 or progress.step == self.plan.steps
         peak = int(self._max(peak_bytes(self.topology))) if due else 0
-        if self._metrics is None or self._samples is None:
+        if not self._journals:
             return
-        self._samples.write({"step": progress.step, "ids": totals.ids})
+        self._journals["samples"].write({"step": progress.step, "ids": totals.ids})
         if due:
             line = {
                 "step": progress.step,
@@ -180,16 +180,16 @@ class Loop:
                 "joules": None,
                 "time": time.time(),
             }
-            self._metrics.write(line)
+            self._journals["metrics"].write(line)
             self.report(line)
 
     def _now_and_then(self, progress: Progress) -> None:
         plan = self.plan
         if plan.eval_steps and progress.step % plan.eval_steps == 0:
             figures = self.evaluate(progress.step)
-            if self._metrics is not None:
+            if self._journals:
                 line = {"step": progress.step, **figures}
-                self._metrics.write(line)
+                self._journals["evaluations"].write(line)
                 self.report(line)
         if progress.step % plan.save_steps == 0 or progress.step == plan.steps:
             self._save(progress)
@@ -230,7 +230,8 @@ class Loop:
     def _to_device(self, batches: list[Batch]) -> list[Batch]:
         device = self.topology.device
         return [
-            {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()} for batch in batches
+            {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+            for batch in batches
         ]
 
 

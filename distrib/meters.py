@@ -14,4 +14,3 @@ def peak_bytes(topology: Topology) -> int:
     if topology.device_type == "cuda":
         return torch.cuda.max_memory_allocated(topology.device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-

@@ -46,7 +46,9 @@ class OptimizerSpec:
                 cls = torch.optim.AdamW if self.name == "adamw" else torch.optim.Adam
                 return cls(groups, lr=0.0, betas=self.betas, eps=self.eps, fused=True)
             case "nadam" | "radam" | "adamax":
-                cls = {"nadam": torch.optim.NAdam, "radam": torch.optim.RAdam, "adamax": torch.optim.Adamax}[self.name]
+                cls = {"nadam": torch.optim.NAdam, "radam": torch.optim.RAdam, "adamax": torch.optim.Adamax}[
+                    self.name
+                ]
                 return cls(groups, lr=0.0, betas=self.betas, eps=self.eps)
             case "sgd":
                 return torch.optim.SGD(groups, lr=0.0, momentum=self.momentum)

@@ -43,7 +43,9 @@ def _slurm(env: Mapping[str, str]) -> dict[str, str]:
     """What torchrun would have set, from what srun sets; nothing outside srun or with a single task."""
     if "RANK" in env or int(env.get("SLURM_NTASKS", "1")) < 2 or "SLURM_PROCID" not in env:
         return {}
-    address = env.get("MASTER_ADDR") or env.get("SLURM_LAUNCH_NODE_IPADDR") or _first_host(env["SLURM_NODELIST"])
+    address = (
+        env.get("MASTER_ADDR") or env.get("SLURM_LAUNCH_NODE_IPADDR") or _first_host(env["SLURM_NODELIST"])
+    )
     return {
         "RANK": env["SLURM_PROCID"],
         "WORLD_SIZE": env["SLURM_NTASKS"],
@@ -57,7 +59,9 @@ def _slurm(env: Mapping[str, str]) -> dict[str, str]:
 def _first_host(nodelist: str) -> str:
     if "[" not in nodelist:
         return nodelist.split(",")[0]
-    shown = subprocess.run(["scontrol", "show", "hostnames", nodelist], capture_output=True, text=True, check=True)
+    shown = subprocess.run(
+        ["scontrol", "show", "hostnames", nodelist], capture_output=True, text=True, check=True
+    )
     return shown.stdout.split()[0]
 
 
@@ -73,7 +77,9 @@ def read_environment() -> Topology:
     os.environ.update(_slurm(os.environ))
     rank, world = _integer(os.environ, "RANK", 0), _integer(os.environ, "WORLD_SIZE", 1)
     if not 0 <= rank < world:
-        raise UserError(f"RANK={rank} with WORLD_SIZE={world} in the environment: RANK must be below WORLD_SIZE")
+        raise UserError(
+            f"RANK={rank} with WORLD_SIZE={world} in the environment: RANK must be below WORLD_SIZE"
+        )
     import torch
 
     return Topology(
@@ -99,7 +105,9 @@ def connect(topology: Topology, timeout: timedelta = timedelta(minutes=10)) -> S
         return None
     for name in ("MASTER_ADDR", "MASTER_PORT"):
         if name not in os.environ:
-            raise UserError(f"WORLD_SIZE={topology.world} but no {name} in the environment: start with torchrun")
+            raise UserError(
+                f"WORLD_SIZE={topology.world} but no {name} in the environment: start with torchrun"
+            )
     rendezvous = dist.rendezvous("env://", topology.rank, topology.world, timeout=timeout)
     store, _, _ = next(iter(rendezvous))
     store = dist.PrefixStore(f"generation-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)

@@ -50,6 +50,8 @@ def load_config(recipe: Recipe) -> Any:
             "vocab_size": BYTE_VOCABULARY,
             "max_position_embeddings": 32768,
             "tie_word_embeddings": True,
+            "bos_token_id": None,
+            "eos_token_id": 256,
         }
         config = LlamaConfig(**known)
     else:
@@ -111,9 +113,12 @@ def build(recipe: Recipe, config: Any, dtype: torch.dtype | None = None) -> nn.M
     frozen = recipe.lora_r > 0
     base = dtype or (torch.bfloat16 if recipe.bf16 and frozen else torch.float32)
     with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(config, dtype=base, trust_remote_code=recipe.trust_remote_code)
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=base, trust_remote_code=recipe.trust_remote_code
+        )
     model.tie_weights()
     model.config.use_cache = False
+    model.name_or_path = recipe.model_name_or_path
     return _with_lora(recipe, model, dtype or torch.float32) if frozen else model
 
 
@@ -127,7 +132,6 @@ def _with_lora(recipe: Recipe, model: nn.Module, dtype: torch.dtype) -> nn.Modul
         target_modules=recipe.lora_target_modules,
         task_type=TaskType.CAUSAL_LM,
     )
-    settings.base_model_name_or_path = recipe.model_name_or_path
     try:
         adapted = get_peft_model(model, settings, low_cpu_mem_usage=True)
     except ValueError as error:
@@ -184,7 +188,9 @@ class Weights:
 
         try:
             patterns = ["*.json", "*.safetensors", "*.model", "*.txt"]
-            return Path(snapshot_download(where, revision=self._recipe.model_revision, allow_patterns=patterns))
+            return Path(
+                snapshot_download(where, revision=self._recipe.model_revision, allow_patterns=patterns)
+            )
         except OSError as error:
             raise UserError(f"model_name_or_path={where!r}: {_first_line(error)}") from None
 

@@ -1,13 +1,23 @@
-"""The recipe: one strict, typed description of a run. Field names are those users know from other trainers."""
+"""The recipe: one strict, typed description of a run. Field names are those users know from other trainers.
+
+A section may be given by its name alone (`engine: fsdp2`), a list by its only entry (`dataset: stdlib`). What
+can be seen as wrong without model or data is refused here, for recipes from a file and from Python alike.
+"""
 
 from __future__ import annotations
 
+import os
+import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveFloat, PositiveInt
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-NonNegative = Annotated[float, Field(ge=0)]
-Share = Annotated[float, Field(ge=0, le=1)]
+from distrib.errors import Refused, UserError
+
+
+def _whole(value: Any) -> Any:
+    """1e3 is a whole number, however it is written."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _named(value: Any) -> Any:
@@ -15,107 +25,272 @@ def _named(value: Any) -> Any:
     return {"name": value} if isinstance(value, str) else value
 
 
+def _objective(value: Any) -> Any:
+    value = _named(value)
+    return {"name": "sft", **value} if isinstance(value, dict) else value
+
+
 def _listed(value: Any) -> Any:
     return [_named(item) for item in (value if isinstance(value, list) else [value])]
 
 
+def _pair(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+Whole = Annotated[int, Field(ge=0), BeforeValidator(_whole)]
+Count = Annotated[int, Field(gt=0), BeforeValidator(_whole)]
+Positive = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Text = Annotated[str, Field(min_length=1)]
+OptimizerName = Literal["adamw", "adam", "sgd", "nadam", "radam", "adamax", "adagrad", "rmsprop", "adafactor"]
+
+
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    model_config = ConfigDict(
+        extra="forbid", strict=True, frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
 
 class Source(Section):
-    """One data set: a built-in, a folder, a JSONL or parquet file, or a hub name."""
-
-    name: str
-    weight: PositiveFloat = 1.0
-    split: str = "train"
-    subset: str | None = None
-    revision: str | None = None
+    name: Text
+    """`stdlib` (built in), a folder, a JSONL or parquet file, or a hub name."""
+    weight: Positive = 1.0
+    """Share of this set's rows that an epoch takes: 0.5 every other row, 2 every row twice."""
+    split: Text = "train"
+    """Split of a hub data set."""
+    subset: Text | None = None
+    """Configuration of a hub data set."""
+    revision: Text | None = None
+    """Revision of a hub data set."""
 
 
 class SFT(Section):
     name: Literal["sft"] = "sft"
     label_smoothing: Share = 0.0
+    """Probability mass spread evenly over the vocabulary."""
     z_loss: NonNegative = 0.0
+    """Weight of the squared log of the softmax's normaliser."""
 
 
 class DPO(Section):
     name: Literal["dpo"]
-    beta: PositiveFloat = 0.1
+    beta: Positive = 0.1
+    """How strongly the policy is held to the reference."""
     label_smoothing: Share = 0.0
+    """Probability that a preference is the wrong way round."""
 
 
 class GRPO(Section):
     name: Literal["grpo"]
     beta: NonNegative = 0.0
-    clip: PositiveFloat = 0.2
+    """Weight of the divergence from the reference; 0 needs no reference."""
+    clip: Positive = 0.2
+    """Range in which the probability ratio is not clipped."""
 
 
 class Engine(Section):
     name: Literal["ddp", "fsdp2", "zero"] = "ddp"
-    stage: Literal[1, 2, 3] = 2
+    """`ddp` keeps a copy a rank, `fsdp2` shards everything, `zero` is DeepSpeed's."""
+    stage: Annotated[int, Field(ge=1, le=3), BeforeValidator(_whole)] = 2
+    """`zero` only: shards the optimizer (1), gradients (2), weights (3)."""
     offload: bool = False
+    """`zero` only: keeps the optimizer in the host's memory."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> Engine:
+        if self.name != "zero" and (foreign := sorted({"stage", "offload"} & self.model_fields_set)):
+            raise Refused(f"engine.{foreign[0]} is a key of zero, not of {self.name}: set engine.name=zero")
+        return self
 
 
 class Strategy(BaseModel):
     """A strategy's name and its fields; the fields are checked by the strategy itself."""
 
-    model_config = ConfigDict(extra="allow", strict=True, frozen=True)
-    name: str
+    model_config = ConfigDict(extra="allow", strict=True, frozen=True, use_attribute_docstrings=True)
+    name: Text
+    """One of `ebbtide strategies`; its own fields stand beside its name."""
 
 
 class Optimizer(Section):
-    name: Literal["adamw", "adam", "sgd", "nadam", "radam", "adamax", "adagrad", "rmsprop", "adafactor"] = "adamw"
-    betas: tuple[Share, Share] = (0.9, 0.999)
-    eps: PositiveFloat = 1e-8
+    name: OptimizerName = "adamw"
+    """PyTorch's optimizer of this name."""
+    betas: Annotated[tuple[Share, Share], BeforeValidator(_pair)] = (0.9, 0.999)
+    """Decay of the running means of `adamw`, `adam`, `nadam`, `radam`, `adamax`."""
+    eps: Positive = 1e-8
+    """Added to the denominator."""
     momentum: Share = 0.0
+    """Of `sgd` and `rmsprop`."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> Optimizer:
+        if self.momentum and self.name not in ("sgd", "rmsprop"):
+            raise Refused(f"optimizer.momentum={self.momentum} with {self.name}: only sgd and rmsprop use it")
+        if self.betas != (0.9, 0.999) and self.name not in ("adamw", "adam", "nadam", "radam", "adamax"):
+            raise Refused(
+                f"optimizer.betas={list(self.betas)} with {self.name}: only Adam's family uses them"
+            )
+        return self
+
+
+_Objectives = Literal["sft", "dpo", "grpo"] | SFT | DPO | GRPO
+_Sources = Annotated[
+    list[Source],
+    Field(min_length=1),
+    BeforeValidator(_listed, json_schema_input_type=str | Source | list[str | Source]),
+]
+_Strategies = Annotated[
+    list[Strategy],
+    Field(min_length=1),
+    BeforeValidator(_listed, json_schema_input_type=str | Strategy | list[str | Strategy]),
+]
+_Engine = Annotated[
+    Engine, BeforeValidator(_named, json_schema_input_type=Literal["ddp", "fsdp2", "zero"] | Engine)
+]
+_Optimizer = Annotated[Optimizer, BeforeValidator(_named, json_schema_input_type=OptimizerName | Optimizer)]
 
 
 class Recipe(Section):
-    model_name_or_path: str = "tiny"
+    model_name_or_path: Text = "tiny"
+    """`tiny` or `small` (built in, random weights), a folder, or a hub name."""
     init: Literal["pretrained", "random"] = "pretrained"
+    """`random` takes the configuration and draws new weights."""
     config_overrides: dict[str, Any] = {}
-    model_revision: str | None = None
+    """Fields of the model's configuration to change."""
+    model_revision: Text | None = None
+    """Revision of a hub model; a full commit hash where remote code is trusted."""
     trust_remote_code: bool = False
+    """Runs code that comes with the model; needs `model_revision`."""
     bf16: bool = False
+    """Computes in bfloat16, with float32 master weights."""
     compile: bool = False
+    """Compiles every block with torch.compile."""
 
-    dataset: Annotated[list[Source], BeforeValidator(_listed), Field(min_length=1)] = [Source(name="stdlib")]
-    eval_dataset: Annotated[list[Source], BeforeValidator(_listed)] | None = None
+    dataset: _Sources = [Source(name="stdlib")]
+    """One data set or a list, mixed by weight."""
+    eval_dataset: _Sources | None = None
+    """What `eval_steps` evaluates on."""
     streaming: bool = False
-    max_length: PositiveInt = 2048
+    """Reads rows while training, through a shuffle buffer and without a cache; needs `max_steps`."""
+    max_length: Count = 2048
+    """Longest row in tokens."""
     packing: bool = False
+    """Fills rows with several documents that do not see each other; `sft` only."""
 
-    objective: Annotated[SFT | DPO | GRPO, BeforeValidator(_named), Field(discriminator="name")] = SFT()
-    strategy: Annotated[list[Strategy], BeforeValidator(_listed), Field(min_length=1)] = [Strategy(name="plain")]
-    engine: Annotated[Engine, BeforeValidator(_named)] = Engine()
-    nproc: PositiveInt = 1
+    objective: Annotated[
+        SFT | DPO | GRPO,
+        Field(discriminator="name"),
+        BeforeValidator(_objective, json_schema_input_type=_Objectives),
+    ] = SFT()
+    """What is minimised."""
+    strategy: _Strategies = [Strategy(name="plain")]
+    """How gradients are computed; one strategy or a list."""
+    engine: _Engine = Engine()
+    """How the model is spread over ranks."""
+    nproc: Count = 1
+    """Ranks that `ebbtide train` starts on this machine; torchrun and srun start their own."""
 
-    per_device_train_batch_size: PositiveInt = 1
-    gradient_accumulation_steps: PositiveInt = 1
-    global_batch_size: PositiveInt | None = None
-    max_steps: PositiveInt | None = None
-    num_train_epochs: PositiveFloat = 1.0
+    per_device_train_batch_size: Count = 1
+    """Rows of a micro-batch on one rank."""
+    gradient_accumulation_steps: Count = 1
+    """Micro-batches of a step."""
+    global_batch_size: Count | None = None
+    """Rows of a step over all ranks, in place of `gradient_accumulation_steps`."""
+    max_steps: Count | None = None
+    """Optimizer steps, in place of `num_train_epochs`."""
+    num_train_epochs: Positive = 1.0
+    """Passes over the data when `max_steps` is not given."""
     learning_rate: NonNegative = 2e-4
+    """Peak learning rate."""
     lr_scheduler_type: Literal["cosine", "linear", "constant"] = "cosine"
+    """How the learning rate falls after the warmup."""
     warmup_ratio: Share = 0.0
-    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """Share of the steps in which the learning rate rises."""
+    warmup_steps: Whole = 0
+    """The same as a number of steps."""
     weight_decay: NonNegative = 0.0
+    """Decoupled weight decay."""
     max_grad_norm: NonNegative = 1.0
-    optimizer: Annotated[Optimizer, BeforeValidator(_named)] = Optimizer()
+    """Longest gradient, by its norm over all ranks; 0 does not clip."""
+    optimizer: _Optimizer = Optimizer()
+    """What turns gradients into updates."""
 
-    lora_r: Annotated[int, Field(ge=0)] = 0
-    lora_alpha: PositiveFloat = 16.0
-    lora_dropout: Share = 0.0
-    lora_target_modules: str | list[str] = "all-linear"
+    lora_r: Whole = 0
+    """Rank of the LoRA adapter; 0 trains the whole model."""
+    lora_alpha: Positive = 16.0
+    """The adapter is scaled by `lora_alpha / lora_r`."""
+    lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Dropout before the adapter."""
+    lora_target_modules: Text | list[Text] = "all-linear"
+    """Modules that get an adapter: `all-linear`, a list of names, or a regular expression."""
 
-    seed: int = 42
-    logging_steps: PositiveInt = 1
-    eval_steps: PositiveInt | None = None
-    eval_rows: PositiveInt = 64
-    eval_samples: Annotated[int, Field(ge=0)] = 0
-    save_steps: PositiveInt = 500
-    save_total_limit: PositiveInt | None = 2
-    resume_from_checkpoint: bool | str = True
+    seed: Annotated[int, Field(ge=0, le=2**32 - 1), BeforeValidator(_whole)] = 42
+    """Of initial weights, data order and dropout."""
+    logging_steps: Count = 1
+    """Steps between two lines of the console and of `metrics.jsonl`."""
+    eval_steps: Count | None = None
+    """Steps between two evaluations; needs `eval_dataset`."""
+    eval_rows: Count = 64
+    """Rows of an evaluation."""
+    eval_samples: Whole = 0
+    """Samples generated at an evaluation."""
+    save_steps: Count = 500
+    """Steps between two checkpoints."""
+    save_total_limit: Count | None = 2
+    """Checkpoints that are kept; null keeps all."""
+    resume_from_checkpoint: bool | Text = True
+    """`true` goes on where the output folder stopped, `false` does not; or a checkpoint's folder."""
     report_to: Literal["none", "tensorboard"] = "none"
-    output_dir: str = "runs/tiny"
+    """Where else the metrics go."""
+    output_dir: Text = "runs/tiny"
+    """The run's folder."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> Recipe:
+        for rule in (_model_rules, _data_rules, _loop_rules):
+            rule(self)
+        return self
+
+
+def _model_rules(recipe: Recipe) -> None:
+    local = os.path.isdir(recipe.model_name_or_path)
+    if (
+        recipe.trust_remote_code
+        and not local
+        and not re.fullmatch("[0-9a-f]{40}", recipe.model_revision or "")
+    ):
+        raise Refused(
+            f"trust_remote_code=true with model_revision={recipe.model_revision or 'null'}: "
+            "pin the code to a full commit hash (40 hex digits)"
+        )
+    names = [strategy.name for strategy in recipe.strategy]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise Refused(f"strategy={names}: {twice[0]} is listed twice; name each once")
+    if not recipe.lora_r and recipe.lora_dropout:
+        raise Refused(f"lora_dropout={recipe.lora_dropout} with lora_r=0: set lora_r to train an adapter")
+
+
+def _data_rules(recipe: Recipe) -> None:
+    if recipe.packing and recipe.objective.name != "sft":
+        raise Refused(
+            f"packing=true with objective={recipe.objective.name}: only sft packs; set packing=false"
+        )
+    if recipe.streaming and recipe.max_steps is None:
+        raise UserError("streaming=true without max_steps: a stream's length is not known; set max_steps")
+    if recipe.eval_steps and not recipe.eval_dataset:
+        raise UserError(f"eval_steps={recipe.eval_steps} without eval_dataset: set eval_dataset")
+    if recipe.eval_samples and not recipe.eval_steps:
+        raise UserError(f"eval_samples={recipe.eval_samples} without eval_steps: set eval_steps")
+
+
+def _loop_rules(recipe: Recipe) -> None:
+    if recipe.warmup_steps and recipe.warmup_ratio:
+        raise UserError(
+            f"warmup_steps={recipe.warmup_steps} and warmup_ratio={recipe.warmup_ratio}: give one of them"
+        )
+    if recipe.global_batch_size and recipe.gradient_accumulation_steps > 1:
+        raise UserError(
+            f"global_batch_size={recipe.global_batch_size} and "
+            f"gradient_accumulation_steps={recipe.gradient_accumulation_steps}: give one of them"
+        )

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -91,34 +92,39 @@ class TorchEngine:
     def zero_grad(self) -> None:
         self.model.zero_grad(set_to_none=True)
 
-    def _state(self) -> tuple[dict[str, Tensor], dict[str, object]]:
-        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
+    def _state(self) -> dict[str, Any]:
+        from torch.distributed.checkpoint.state_dict import (
+            StateDictOptions,
+            get_model_state_dict,
+            get_optimizer_state_dict,
+        )
 
-        assert self.optimizer is not None
-        options = StateDictOptions(ignore_frozen_params=True)
-        return get_state_dict(self.model, self.optimizer, options=options)  # type: ignore[return-value]
+        options = StateDictOptions(ignore_frozen_params=self.optimizer is not None)
+        state: dict[str, Any] = {"model": get_model_state_dict(self.model, options=options)}
+        if self.optimizer:
+            state["optimizer"] = get_optimizer_state_dict(self.model, self.optimizer, options=options)
+        return state
 
     def save(self, folder: Path) -> None:
         import torch.distributed.checkpoint as dcp
 
-        model, optimizer = self._state()
-        dcp.save({"model": model, "optimizer": optimizer}, checkpoint_id=str(folder))
+        dcp.save(self._state(), checkpoint_id=str(folder))
 
     def load(self, folder: Path) -> None:
+        """What a checkpoint holds of this engine's state: frozen weights are not in it."""
         import torch.distributed.checkpoint as dcp
-        from torch.distributed.checkpoint.state_dict import StateDictOptions, set_state_dict
-
-        model, optimizer = self._state()
-        state = {"model": model, "optimizer": optimizer}
-        dcp.load(state, checkpoint_id=str(folder))
-        assert self.optimizer is not None
-        set_state_dict(
-            self.model,
-            self.optimizer,
-            model_state_dict=state["model"],
-            optim_state_dict=state["optimizer"],  # type: ignore[arg-type]
-            options=StateDictOptions(strict=False),
+        from torch.distributed.checkpoint.state_dict import (
+            StateDictOptions,
+            set_model_state_dict,
+            set_optimizer_state_dict,
         )
+
+        state = self._state()
+        dcp.load(state, checkpoint_id=str(folder), planner=dcp.DefaultLoadPlanner(allow_partial_load=True))
+        options = StateDictOptions(strict=False)
+        set_model_state_dict(self.model, state["model"], options=options)
+        if self.optimizer:
+            set_optimizer_state_dict(self.model, self.optimizer, state["optimizer"], options=options)
 
     def full_state(self) -> dict[str, Tensor]:
         state: dict[str, Tensor] = {}

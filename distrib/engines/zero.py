@@ -75,7 +75,8 @@ class Zero:
 
     @contextlib.contextmanager
     def micro_batch(self, last: bool) -> Iterator[None]:
-        self.module.set_gradient_accumulation_boundary(last)
+        if self.settings.optimizer:
+            self.module.set_gradient_accumulation_boundary(last)
         yield
 
     def backward(self, loss: Tensor) -> None:
@@ -153,13 +154,26 @@ class Zero:
         return state
 
 
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """The trained fp32 weights of a checkpoint, whole, without an engine."""
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    with contextlib.redirect_stdout(None):
+        state: dict[str, Tensor] = get_fp32_state_dict_from_zero_checkpoint(
+            str(folder), tag=TAG, exclude_frozen_parameters=True
+        )
+    return state
+
+
 def _import_deepspeed() -> Any:
     """DeepSpeed without its just-in-time builds: neither a compiler nor a GPU is needed to start."""
     # It reads the launcher's variable even when one process was started without a launcher.
     os.environ.setdefault("LOCAL_RANK", "0")
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    warnings.filterwarnings("ignore", message=r".*torch.distributed.\w+_tensor. is deprecated", category=FutureWarning)
+    warnings.filterwarnings(
+        "ignore", message=r".*torch.distributed.\w+_tensor. is deprecated", category=FutureWarning
+    )
     import deepspeed
     from deepspeed.utils import logger
 
@@ -171,7 +185,12 @@ def _import_deepspeed() -> Any:
 
 
 def _place(
-    deepspeed: Any, model: nn.Module, fill: Fill, topology: Topology, settings: Settings, config: dict[str, Any]
+    deepspeed: Any,
+    model: nn.Module,
+    fill: Fill,
+    topology: Topology,
+    settings: Settings,
+    config: dict[str, Any],
 ) -> None:
     for name, unit in units(model):
         fill(model, name)
@@ -181,7 +200,9 @@ def _place(
         if settings.stage == 3:
             deepspeed.zero.Init(module=unit, config_dict_or_path=config)
     if settings.stage == 3:
-        deepspeed.utils.set_z3_leaf_modules(model, sorted({type(block) for _, block in blocks(model)}, key=str))
+        deepspeed.utils.set_z3_leaf_modules(
+            model, sorted({type(block) for _, block in blocks(model)}, key=str)
+        )
         if any(not parameter.requires_grad for parameter in model.parameters()):
             model.enable_input_require_grads()  # type: ignore[operator]
 

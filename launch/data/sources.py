@@ -1,0 +1,222 @@
+"""Where records come from: the standard library, text, JSON lines, parquet, folders of those, and the hub.
+
+A record is a dict of columns. Records are always read as a stream, whatever the size of the set.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import logging
+import os
+import sysconfig
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from distrib.errors import UserError
+from launch.recipe import Source
+
+Record = dict[str, Any]
+_PROSE = (".txt", ".text", ".md", ".rst", ".tex", ".html")
+_CODE = (".py", ".c", ".h", ".cpp", ".cu", ".go", ".java", ".js", ".ts", ".rs", ".rb", ".sh", ".sql")
+TEXT_SUFFIXES = _PROSE + _CODE
+JSON_SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz")
+DATA_SUFFIXES = (*JSON_SUFFIXES, ".parquet")
+PIECE_CHARACTERS = 1 << 20
+_NOT_LIBRARY = {
+    "test",
+    "tests",
+    "idlelib",
+    "turtledemo",
+    "lib2to3",
+    "ensurepip",
+    "site-packages",
+    "dist-packages",
+}
+
+
+@dataclass(frozen=True)
+class Records:
+    """One source: `read()` starts it from its beginning; `fingerprint` changes whenever its records may
+    have."""
+
+    name: str
+    weight: float
+    fingerprint: str
+    read: Callable[[], Iterator[Record]]
+
+
+def open_source(source: Source) -> Records:
+    """Find a source by name: a built-in, then a path, then the hub."""
+    path = Path(source.name).expanduser()
+    if source.name == "stdlib":
+        _only_whole(source, "a built-in set")
+        root = Path(sysconfig.get_paths()["stdlib"])
+        files = [
+            file for file in _files(root, (".py",)) if not _NOT_LIBRARY & set(file.relative_to(root).parts)
+        ]
+        return _records(source, _stamp(root, files), lambda: _texts(files))
+    if path.is_file():
+        _only_whole(source, "a single file")
+        return _file(source, path)
+    if path.is_dir():
+        return _folder(source, path)
+    if source.name.startswith((".", "/", "~")) or source.name.count("/") > 1 or _suffix(path):
+        raise UserError(f"dataset={source.name!r}: no such file or folder; {_choices()}")
+    return _hub(source)
+
+
+def _choices() -> str:
+    kinds = ", ".join(DATA_SUFFIXES)
+    return f"choose stdlib, a file or folder of text or data ({kinds}), or a hub name"
+
+
+def _only_whole(source: Source, what: str) -> None:
+    for key, value, default in (("split", source.split, "train"), ("subset", source.subset, None)):
+        if value != default:
+            raise UserError(
+                f"dataset={source.name!r}: {key}={value!r}, but {what} has no {key}s; leave {key} out"
+            )
+    if source.revision is not None:
+        raise UserError(
+            f"dataset={source.name!r}: revision={source.revision!r} is for hub names; leave it out"
+        )
+
+
+def _records(source: Source, fingerprint: str, read: Callable[[], Iterator[Record]]) -> Records:
+    def guarded() -> Iterator[Record]:
+        try:
+            yield from read()
+        except (OSError, ValueError, TypeError) as error:
+            raise UserError(f"dataset={source.name!r} cannot be read: {_line(error)}") from None
+
+    return Records(source.name, source.weight, fingerprint, guarded)
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+def _suffix(path: Path) -> str:
+    """The known suffix that the name ends with, or nothing."""
+    return next((end for end in (*DATA_SUFFIXES, *TEXT_SUFFIXES) if path.name.lower().endswith(end)), "")
+
+
+def _files(root: Path, suffixes: tuple[str, ...], without: Collection[str] = ()) -> list[Path]:
+    """Every file under `root` that ends so, sorted by its path; neither hidden ones nor folders named in
+    `without`."""
+    found = []
+    for folder, subfolders, names in os.walk(root):
+        subfolders[:] = [name for name in subfolders if not name.startswith(".") and name not in without]
+        shown = [name for name in names if name.lower().endswith(suffixes) and not name.startswith(".")]
+        found += [Path(folder, name) for name in shown]
+    return sorted(found, key=lambda file: file.relative_to(root).as_posix())
+
+
+def _stamp(root: Path, files: list[Path]) -> str:
+    """Names, sizes and times of change: content is not read, so a change that keeps all three goes unseen."""
+    stats = [(file.relative_to(root).as_posix(), file.stat()) for file in files]
+    return json.dumps([str(root.resolve()), *([name, s.st_size, s.st_mtime_ns] for name, s in stats)])
+
+
+def _file(source: Source, path: Path) -> Records:
+    stamp, suffix = _stamp(path.parent, [path]), _suffix(path)
+    if suffix in JSON_SUFFIXES:
+        return _records(source, stamp, lambda: _json(path))
+    if suffix == ".parquet":
+        return _records(source, stamp, lambda: _load("parquet", data_files=str(path)))
+    if suffix in TEXT_SUFFIXES:
+        return _records(source, stamp, lambda: _texts([path]))
+    raise UserError(
+        f"dataset={source.name!r}: {path.suffix or 'no suffix'!r} is no known kind of file; {_choices()}"
+    )
+
+
+def _folder(source: Source, path: Path) -> Records:
+    """A folder of data files is read with `datasets`, which finds its splits and subsets; else it is text."""
+    data = _files(path, DATA_SUFFIXES)
+    if data:
+        stamp = json.dumps([_stamp(path, data), source.split, source.subset])
+        return _records(source, stamp, lambda: _load(str(path), name=source.subset, split=source.split))
+    _only_whole(source, "a folder of text")
+    texts = _files(path, TEXT_SUFFIXES)
+    if not texts:
+        raise UserError(f"dataset={source.name!r}: the folder holds no text and no data files; {_choices()}")
+    return _records(source, _stamp(path, texts), lambda: _texts(texts))
+
+
+def _texts(files: list[Path]) -> Iterator[Record]:
+    """One file, one document. A large one comes in pieces, cut at a line's end, that `begins` and `ends`
+    tie."""
+    for path in files:
+        try:
+            with path.open(encoding="utf-8") as lines:
+                piece, begins = _piece(lines), True
+                while piece:
+                    following = _piece(lines)
+                    yield {"text": piece, "begins": begins, "ends": not following}
+                    piece, begins = following, False
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path} is not UTF-8 text: {error}") from None
+
+
+def _piece(lines: IO[str]) -> str:
+    text = lines.read(PIECE_CHARACTERS)
+    return text + lines.readline(PIECE_CHARACTERS) if text else text
+
+
+def _json(path: Path) -> Iterator[Record]:
+    """One object a line; a file that starts with `[` is one list of them, and is read whole."""
+    with (
+        gzip.open(path, "rt", encoding="utf-8")
+        if path.suffix == ".gz"
+        else path.open(encoding="utf-8") as lines
+    ):
+        listed = lines.read(1) == "["
+        lines.seek(0)
+        numbered = enumerate(json.load(lines) if listed else lines, start=1)
+        for number, item in numbered:
+            where = f"{'item' if listed else 'line'} {number}"
+            if listed or item.strip():
+                yield _object(item if listed else _parse(item, where), where)
+
+
+def _parse(line: str, where: str) -> Any:
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where} is not JSON: {error}") from None
+
+
+def _object(value: Any, where: str) -> Record:
+    if not isinstance(value, dict):
+        raise ValueError(f"{where} is {type(value).__name__}, must be an object with named columns")
+    return value
+
+
+def _load(path: str, **where: Any) -> Iterator[Record]:
+    import datasets
+
+    # Its exceptions end in our own line; its log would say them a second time.
+    datasets.utils.logging.set_verbosity(logging.CRITICAL)
+    loaded = datasets.load_dataset(path, **({"split": "train"} | where), streaming=True)
+    for record in loaded:
+        yield dict(record)
+
+
+def _hub(source: Source) -> Records:
+    """A set on the hub. Its fingerprint is the commit that the revision stands for now."""
+    import datasets
+
+    where = {"name": source.subset, "revision": source.revision}
+    try:
+        builder = datasets.load_dataset_builder(source.name, **where)
+    except Exception as error:
+        raise UserError(
+            f"dataset={source.name!r}: no such file or folder, and not to be had from the hub "
+            f"({_line(error)}); {_choices()}"
+        ) from None
+    stamp = json.dumps([source.name, source.subset, source.split, source.revision, builder.hash])
+    return _records(source, stamp, lambda: _load(source.name, split=source.split, **where))

@@ -1,0 +1,89 @@
+"""From a run to a folder that Transformers (or PEFT) loads."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from distrib import checkpoint
+from distrib.engines import Settings, make
+from distrib.errors import UserError
+from distrib.topology import Topology
+from launch.models import Weights, build, load_config
+from launch.recipe_file import load_recipe
+from launch.tokenizer import load_tokenizer
+
+if TYPE_CHECKING:
+    from launch.recipe import Recipe
+
+LOCK = "recipe.lock.yaml"
+
+
+def export(run: Path, output: Path | None, merge: bool) -> dict[str, Any]:
+    """Write the newest checkpoint of `run`; with `merge`, LoRA weights are added to the ones they adapt."""
+    if not (run / LOCK).exists():
+        raise UserError(f"{run} is not a run: it has no {LOCK}")
+    recipe = load_recipe(str(run / LOCK))
+    if merge and not recipe.lora_r:
+        raise UserError("--merge: this run trained the whole model (lora_r=0), there is nothing to merge")
+    found = checkpoint.checkpoints(run)
+    if not found:
+        raise UserError(f"{run} has no checkpoint yet: train for save_steps={recipe.save_steps} steps first")
+    target = output or run / ("merged" if merge else "final")
+    if target.exists() and output is not None:
+        raise UserError(f"--output {target} exists: name a folder that does not")
+    model = _load(recipe, found[-1])
+    config = load_config(recipe)
+    if merge:
+        merged = model.merge_and_unload()  # type: ignore[operator]
+        write_folder(recipe.model_copy(update={"lora_r": 0}), config, merged.state_dict(), target)
+    else:
+        write_folder(recipe, config, model.state_dict(), target)
+    step = checkpoint.read_manifest(found[-1]).progress.step
+    return {"folder": str(target), "step": step, "kind": _kind(recipe, merge)}
+
+
+def _kind(recipe: Recipe, merge: bool) -> str:
+    return "adapter" if recipe.lora_r and not merge else "model"
+
+
+def _load(recipe: Recipe, source: Path) -> nn.Module:
+    """The run's model as it was at a checkpoint, whole, on the CPU."""
+    topology = Topology()
+    config = load_config(recipe)
+    model = build(recipe, config)
+    engine = make("ddp", model, Weights(recipe, config, topology).fill, topology, Settings(optimizer=None))
+    if checkpoint.read_manifest(source).engine == "zero":
+        from distrib.engines.zero import read_weights
+
+        model.load_state_dict(read_weights(source / "engine"), strict=False)
+    else:
+        engine.load(source / "engine")
+    return model
+
+
+def write_folder(recipe: Recipe, config: Any, state: dict[str, Tensor], folder: Path) -> None:
+    """`state` in Hugging Face's layout, with the tokenizer; the folder appears when it is whole.
+
+    An adapter of random weights comes with those weights, which nobody else could make.
+    """
+    draft = folder.with_name(f".{folder.name}.draft")
+    shutil.rmtree(draft, ignore_errors=True)
+    model = build(recipe, config)
+    random_base = recipe.model_name_or_path in ("tiny", "small") or recipe.init == "random"
+    if recipe.lora_r and random_base:
+        plain = recipe.model_copy(update={"lora_r": 0})
+        base = build(plain, config)
+        weights = Weights(plain, config, Topology())
+        filled = make("ddp", base, weights.fill, Topology(), Settings(optimizer=None))
+        write_folder(plain, config, filled.full_state(), draft / "base")
+        model.peft_config["default"].base_model_name_or_path = str((folder / "base").resolve())
+    model.config.use_cache = True
+    model.save_pretrained(draft, state_dict=dict(state))  # type: ignore[operator]
+    load_tokenizer(recipe).save_pretrained(draft)
+    if folder.exists():
+        shutil.rmtree(folder)
+    draft.rename(folder)

@@ -1,0 +1,224 @@
+"""From a recipe to a finished run, top to bottom."""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+from collections.abc import Callable
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+import strategies
+from distrib import checkpoint
+from distrib.checkpoint import Progress, write_text
+from distrib.contracts import Engine
+from distrib.engines import Settings, make
+from distrib.errors import UserError
+from distrib.journal import read
+from distrib.loop import Loop, Plan, resume
+from distrib.optim import OptimizerSpec, Schedule
+from distrib.topology import Topology
+from launch.console import Console
+from launch.data import Data, open_data
+from launch.evaluate import evaluator
+from launch.export import LOCK, write_folder
+from launch.models import Weights, build, load_config
+from launch.objectives import make_objective
+from launch.packing_check import check_packing, refuse_recurrent
+from launch.recipe_file import dump_recipe, global_batch, load_recipe
+from launch.reference import annotator
+from launch.tokenizer import load_tokenizer
+
+if TYPE_CHECKING:
+    from launch.recipe import Recipe
+
+# What may differ between the two halves of one run: the rest decides what a step computes.
+MAY_CHANGE = {
+    "max_steps", "num_train_epochs", "nproc", "save_steps", "save_total_limit", "logging_steps", "eval_steps",
+    "eval_rows", "eval_samples", "eval_dataset", "report_to", "resume_from_checkpoint", "output_dir",
+    "per_device_train_batch_size", "gradient_accumulation_steps", "global_batch_size",
+}  # fmt: skip
+
+
+def train(recipe: Recipe, topology: Topology) -> dict[str, Any]:
+    """Train, or go on where the run in `output_dir` stopped; returns what `report.json` holds."""
+    run = Path(recipe.output_dir)
+    _check_folder(run, recipe)
+    config = load_config(recipe)
+    chosen = strategies.build([section.model_dump() for section in recipe.strategy])
+    strategies.check(chosen, config, topology)
+    if recipe.packing:
+        refuse_recurrent(config)
+    objective = make_objective(recipe)
+    tokenizer = load_tokenizer(recipe)
+    data = open_data(recipe, tokenizer, topology)
+    plan = _plan(recipe, run, data, topology)
+
+    model = build(recipe, config)
+    strategies.edit(model, chosen, topology)
+    weights = Weights(recipe, config, topology)
+    engine = make(recipe.engine.name, model, weights.fill, topology, _settings(recipe))
+    step = strategies.prepare(model, chosen, objective, engine)
+    if recipe.packing:
+        check_packing(step, engine)
+    progress = resume(run, engine, _chosen_checkpoint(recipe), plan.global_batch)
+
+    console = Console(plan.steps, progress.step) if topology.main else None
+    annotate = annotator(recipe, config, engine, step)
+    loop = Loop(
+        plan,
+        engine,
+        step,
+        window=lambda start, stop: data.window(
+            start, stop, topology.rank, topology.world, recipe.per_device_train_batch_size
+        ),
+        weight=objective.weight,
+        annotate=annotate,
+        evaluate=evaluator(recipe, tokenizer, engine, step, objective, annotate),
+        report=_reporters(recipe, run, console),
+    )
+    if progress.step < plan.steps:
+        loop.preflight(data.longest(recipe.per_device_train_batch_size))
+        _claim(run, recipe, engine)
+        progress = loop.run(progress)
+    if console:
+        console.close()
+    return _finish(recipe, config, run, engine, progress)
+
+
+def _check_folder(run: Path, recipe: Recipe) -> None:
+    """A folder belongs to one run: nothing in it is overwritten by another."""
+    if run.exists() and not run.is_dir():
+        raise UserError(f"output_dir={str(run)!r} is a file: name a folder")
+    if not run.exists() or not any(run.iterdir()):
+        return
+    if not (run / LOCK).exists():
+        raise UserError(
+            f"output_dir={str(run)!r} is in use, and not by a run (it has no {LOCK}): name another"
+        )
+    if recipe.resume_from_checkpoint is False:
+        raise UserError(
+            f"output_dir={str(run)!r} holds a run and resume_from_checkpoint=false: name another folder, or go on "
+            "with resume_from_checkpoint=true"
+        )
+    before, now = load_recipe(str(run / LOCK)).model_dump(), recipe.model_dump()
+    for key in now.keys() - MAY_CHANGE:
+        if before[key] != now[key]:
+            raise UserError(
+                f"output_dir={str(run)!r} holds the run of another recipe: {key} was {before[key]!r}, is "
+                f"{now[key]!r}; name another output_dir"
+            )
+
+
+def _claim(run: Path, recipe: Recipe, engine: Engine) -> None:
+    checkpoint.wait(engine)
+    if engine.topology.main:
+        run.mkdir(parents=True, exist_ok=True)
+        write_text(run / LOCK, dump_recipe(recipe))
+    checkpoint.wait(engine)
+
+
+def _settings(recipe: Recipe) -> Settings:
+    spec = OptimizerSpec(**recipe.optimizer.model_dump(), weight_decay=recipe.weight_decay)
+    engine = recipe.engine
+    return Settings(spec, recipe.bf16, recipe.compile, engine.stage, engine.offload)
+
+
+def _plan(recipe: Recipe, run: Path, data: Data, topology: Topology) -> Plan:
+    size = global_batch(recipe, topology.world)
+    rows = None
+    if recipe.max_steps is None:
+        assert data.rows is not None
+        rows = math.ceil(data.rows * recipe.num_train_epochs)
+    steps = recipe.max_steps or math.ceil((rows or 0) / size)
+    warmup = recipe.warmup_steps or round(recipe.warmup_ratio * steps)
+    return Plan(
+        run=run,
+        steps=steps,
+        global_batch=size,
+        rows=rows,
+        schedule=Schedule(recipe.learning_rate, steps, warmup, recipe.lr_scheduler_type),
+        seed=recipe.seed,
+        max_grad_norm=recipe.max_grad_norm,
+        logging_steps=recipe.logging_steps,
+        save_steps=recipe.save_steps,
+        save_total_limit=recipe.save_total_limit,
+        eval_steps=recipe.eval_steps,
+    )
+
+
+def _chosen_checkpoint(recipe: Recipe) -> Path | None:
+    if isinstance(recipe.resume_from_checkpoint, bool):
+        return None
+    chosen = Path(recipe.resume_from_checkpoint)
+    if not (chosen / checkpoint.MANIFEST).exists():
+        raise UserError(
+            f"resume_from_checkpoint={str(chosen)!r} is not a checkpoint: name a folder checkpoints/step-N"
+        )
+    return chosen
+
+
+def _reporters(recipe: Recipe, run: Path, console: Console | None) -> Callable[[dict[str, Any]], None]:
+    if console is None:
+        return lambda line: None
+    if recipe.report_to == "none":
+        return console.log
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise UserError(
+            "report_to='tensorboard' needs the tensorboard package: pip install tensorboard"
+        ) from None
+    writer = SummaryWriter(run / "tensorboard")
+
+    def both(line: dict[str, Any]) -> None:
+        console.log(line)
+        for name, value in line.items():
+            if isinstance(value, int | float) and name not in ("step", "time"):
+                writer.add_scalar(name, value, line["step"])
+        writer.flush()
+
+    return both
+
+
+def _finish(recipe: Recipe, config: Any, run: Path, engine: Engine, progress: Progress) -> dict[str, Any]:
+    """Write `final/` and `report.json`, unless an earlier call has."""
+    report = run / "report.json"
+    if report.exists():
+        known: dict[str, Any] = json.loads(report.read_text())
+        if known["step"] == progress.step:
+            return known
+    state = engine.full_state()
+    result: dict[str, Any] = {}
+    if engine.topology.main:
+        write_folder(recipe, config, state, run / "final")
+        result = _summary(recipe, run, engine, progress)
+        write_text(report, json.dumps(result, indent=1))
+    checkpoint.wait(engine)
+    return result
+
+
+def _summary(recipe: Recipe, run: Path, engine: Engine, progress: Progress) -> dict[str, Any]:
+    lines = read(run / "metrics.jsonl")
+    return {
+        "final": str(run / "final"),
+        **asdict(progress),
+        "loss_first": lines[0]["loss"],
+        "loss_last": lines[-1]["loss"],
+        "tokens_per_s": median(line["tokens_per_s"] for line in lines),
+        "peak_bytes": max(line["peak_bytes"] for line in lines),
+        "joules": None,
+        "strategy": [strategy.name for strategy in recipe.strategy],
+        "engine": engine.name,
+        "world": engine.topology.world,
+        "device": torch.cuda.get_device_name()
+        if engine.topology.device_type == "cuda"
+        else platform.processor() or "cpu",
+        "versions": {name: version(name) for name in ("torch", "transformers", "peft", "deepspeed")},
+    }

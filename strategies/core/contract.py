@@ -1,0 +1,55 @@
+"""What a strategy is, and what it promises."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from enum import Enum
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from torch import nn
+
+from distrib.contracts import Engine, Step
+from distrib.topology import Topology
+
+if TYPE_CHECKING:
+    from strategies.core.edits import Edit
+    from strategies.core.objectives import Objective
+
+
+class Fidelity(Enum):
+    """How a strategy's gradients relate to the true ones."""
+
+    EXACT = "to rounding"
+    UNBIASED = "in expectation"
+    APPROXIMATE = "within a stated, tested bound"
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """How gradients are computed. The fields of a subclass are its section of the recipe.
+
+    A subclass overrides `edits` (it changes modules, and plain `loss.backward()` stays right) or `step` (it
+    runs the forwards and backwards itself; one strategy of a run may). Its docstring says the idea, the
+    paper, what it costs and where it is wrong to use. It never reads the recipe, the command line or the
+    environment.
+    """
+
+    fidelity: ClassVar[Fidelity] = Fidelity.EXACT
+
+    def check(self, config: Any, topology: Topology) -> None:
+        """Raise Refused when this strategy cannot serve a model of this configuration; no weights exist
+        yet."""
+
+    def edits(self, model: nn.Module, topology: Topology) -> Iterable[Edit]:
+        """The changes to the causal language model, named as in `model.named_modules()`. Overriding it and
+        yielding nothing is an error: a strategy without effect must not look like one that works."""
+        return ()
+
+    def step(self, model: nn.Module, engine: Engine, objective: Objective) -> Step | None:
+        """What runs a global batch, or None for plain forward and backward."""
+        return None
+
+
+def overrides(strategy: Strategy, method: str) -> bool:
+    return getattr(type(strategy), method) is not getattr(Strategy, method)

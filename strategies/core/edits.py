@@ -1,0 +1,211 @@
+"""Changes to single modules, as data that can be collected, checked, applied and undone.
+
+A wrapped module is an instance of a subclass made here, with the same name, whose first base is the edit's
+mixin: no module is renamed, parameters and state dict are the same, `isinstance` holds, and copies and
+pickles keep the edit. What was there before is kept on the module itself, so an undo finds it after PEFT or a
+copy as well.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+from torch import nn
+
+from distrib.errors import Refused, UserError
+
+
+class NoMatch(UserError):
+    """An edit, or a strategy, that would change nothing."""
+
+
+@dataclass(frozen=True)
+class Swap:
+    """Another module in the place of `name`. What `make` returns has the same parameter names and the very
+    same trainable parameters: an optimizer or a shard may already hold them."""
+
+    name: str
+    make: Callable[[nn.Module], nn.Module]
+    must_run: bool = True
+
+
+@dataclass(frozen=True)
+class Wrap:
+    """`mixin` comes before the instance's class; it calls `super().forward`. `settings` become attributes."""
+
+    name: str
+    mixin: type
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    must_run: bool = True
+
+
+@dataclass(frozen=True)
+class Drop:
+    """The module `name`, which has no parameters, passes its input through."""
+
+    name: str
+    must_run: bool = False
+
+
+Edit = Swap | Wrap | Drop
+
+
+@dataclass
+class Mark:
+    """Left on an edited module: what it was before, whose edit it is, and whether it ran edited."""
+
+    owner: str
+    name: str
+    before: Any
+    must_run: bool
+    settings: tuple[str, ...] = ()
+    ran: bool = False
+
+
+SWAPPED, WRAPPED = "_ebbtide_swapped", "_ebbtide_wrapped"
+_PEFT_SEGMENTS = {"base_layer", "default", "modules_to_save", "original_module"}
+
+
+def original_class(module: nn.Module) -> Any:
+    """The class of a module before its wrap."""
+    mark = module.__dict__.get(WRAPPED)
+    return type(module) if mark is None else mark.before
+
+
+def base_name(name: str) -> str:
+    """The name a module or parameter has in the base model, whatever PEFT put around it."""
+    inner = name.removeprefix("base_model.model.")
+    return ".".join(part for part in inner.split(".") if part not in _PEFT_SEGMENTS)
+
+
+def apply(model: nn.Module, owned_edits: Iterable[tuple[str, Edit]]) -> None:
+    """Apply every edit with its owner's name, swaps before wraps, or none of them when two conflict."""
+    owned = list(owned_edits)
+    _refuse_conflicts(model, owned)
+    try:
+        for owner, edit in sorted(owned, key=lambda pair: isinstance(pair[1], Wrap)):
+            if isinstance(edit, Wrap):
+                _wrap(model.get_submodule(edit.name), edit, owner)
+            else:
+                _replace(model, edit, owner)
+    except BaseException:
+        undo(model)
+        raise
+
+
+def _refuse_conflicts(model: nn.Module, owned: list[tuple[str, Edit]]) -> None:
+    taken: dict[tuple[int, str], str] = {}
+    for owner, edit in owned:
+        try:
+            module = model.get_submodule(edit.name)
+        except AttributeError:
+            raise NoMatch(f"strategy {owner}: no module {edit.name!r} in {type(model).__name__}") from None
+        kind, verb = (WRAPPED, "wrap") if isinstance(edit, Wrap) else (SWAPPED, "replace")
+        if kind in module.__dict__:
+            earlier = module.__dict__[kind].owner
+            raise Refused(f"strategy {owner}: {edit.name!r} is already edited by {earlier}: undo that first")
+        if (id(module), kind) in taken:
+            other = taken[id(module), kind]
+            raise Refused(f"strategies {other} and {owner} both {verb} {edit.name!r}: use one of them")
+        taken[id(module), kind] = owner
+
+
+def _wrap(module: nn.Module, edit: Wrap, owner: str) -> None:
+    settings = dict(edit.settings)
+    module.__dict__.update(settings)
+    module.__dict__[WRAPPED] = Mark(owner, edit.name, type(module), edit.must_run, tuple(settings))
+    module.__class__ = wrapped_class(type(module), edit.mixin)
+
+
+@cache
+def wrapped_class(before: Any, mixin: type) -> Any:
+    """A subclass of `before` under its own name, so that Transformers writes the right architecture."""
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        self.__dict__[WRAPPED].ran = True
+        return mixin.forward(self, *args, **kwargs)  # type: ignore[attr-defined]
+
+    def reduce(self: Any, protocol: int) -> Any:
+        return _blank, (before, mixin), self.__getstate__()
+
+    # Trainers look at the signature of forward to learn which columns a model takes.
+    forward.__signature__ = inspect.signature(before.forward)  # type: ignore[attr-defined]
+    body = {"forward": forward, "__reduce_ex__": reduce, "__module__": before.__module__}
+    made = type(before.__name__, (mixin, before), body)
+    made.__qualname__ = before.__qualname__
+    return made
+
+
+def _blank(before: Any, mixin: type) -> Any:
+    made = wrapped_class(before, mixin)
+    return made.__new__(made)
+
+
+def _replace(model: nn.Module, edit: Swap | Drop, owner: str) -> None:
+    if not edit.name:
+        raise Refused(f"strategy {owner}: the model itself cannot be replaced; wrap it")
+    before = model.get_submodule(edit.name)
+    after = edit.make(before) if isinstance(edit, Swap) else nn.Identity()
+    _refuse_other_parameters(before, after, edit, owner)
+    after.train(before.training)
+    after.__dict__[SWAPPED] = Mark(owner, edit.name, before, edit.must_run)
+    after.register_forward_pre_hook(_note_run)
+    _place(model, edit.name, after)
+
+
+def _refuse_other_parameters(before: nn.Module, after: nn.Module, edit: Swap | Drop, owner: str) -> None:
+    old, new = dict(before.named_parameters()), dict(after.named_parameters())
+    if old.keys() != new.keys() or before.state_dict().keys() != after.state_dict().keys():
+        raise Refused(f"strategy {owner}: replacing {edit.name!r} would change its parameter names")
+    moved = [
+        name for name, parameter in old.items() if parameter.requires_grad and new[name] is not parameter
+    ]
+    if moved:
+        raise Refused(
+            f"strategy {owner}: replacing {edit.name!r} would lose the trainable parameter {moved[0]!r}"
+        )
+
+
+def _place(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
+
+
+def _note_run(module: nn.Module, _: Any) -> None:
+    module.__dict__[SWAPPED].ran = True
+
+
+def undo(model: nn.Module) -> None:
+    """Every module as it was before its edits, wraps first; a model without edits is left alone."""
+    for name, module in list(model.named_modules()):
+        mark = module.__dict__.get(WRAPPED)
+        if mark is None:
+            continue
+        if type(module).__bases__[-1] is not mark.before:
+            raise Refused(
+                f"{name or 'the model'} was changed again after its edit (sharded?): undo that first"
+            )
+        module.__class__ = mark.before
+        for key in (WRAPPED, *mark.settings):
+            del module.__dict__[key]
+    for name, module in list(model.named_modules()):
+        mark = module.__dict__.get(SWAPPED)
+        if mark is not None:
+            mark.before.train(module.training)
+            _place(model, name, mark.before)
+
+
+def assert_ran(model: nn.Module) -> None:
+    """Raise when an edit was bypassed: another library may overwrite a forward or a hook without a word."""
+    for name, module in model.named_modules():
+        for kind in (SWAPPED, WRAPPED):
+            mark = module.__dict__.get(kind)
+            if mark is not None and mark.must_run and not mark.ran:
+                raise RuntimeError(
+                    f"strategy {mark.owner}: {name or 'the model'} did not run as edited in the first step; "
+                    " something replaced its forward (gradient checkpointing switched on elsewhere?)"
+                )

@@ -1,0 +1,219 @@
+"""The head as two wraps: hidden states in, a loss out, and never the logits of more than one chunk.
+
+The wrapped model's forward takes `labels` (or `shift_labels`), an `objective`, its `extras` (whatever else
+the objective reads, one entry a row or a token) and `weight`, the W to divide by; it returns the class's own
+output with `loss` and logits of width zero. Without labels it is the model's own forward.
+`num_items_in_batch`, which HF Trainer passes, is W too. W defaults to the batch's own weight, a mean over the
+batch.
+
+A mixture of experts that is asked for router logits adds coefficient * (its auxiliary loss over this batch) *
+(weight of this batch / W): the auxiliary loss is not a sum over tokens and is defined per micro-batch.
+
+Limits: the head is exactly nn.Linear; float16 is refused, as gradients of 1/W underflow in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from distrib.contracts import IGNORE
+from distrib.errors import Refused
+from strategies.core.edits import WRAPPED, Wrap, original_class
+from strategies.core.logit_map import is_identity, logit_map
+from strategies.core.objectives import SFT, Objective, Stats
+from strategies.core.passes import run
+from strategies.core.statistics import Tokens, Work
+
+OWNER = "the head"
+_REQUEST = "_ebbtide_request"
+
+
+@dataclass
+class Request:
+    """What the model's forward asks of its head, and the answer."""
+
+    tokens: Tokens
+    positions: torch.Size
+    objective: Objective
+    batch: Mapping[str, Tensor]
+    scale: float | Tensor
+    model: nn.Module
+    loss: Tensor | None = None
+
+    def terms(self, stats: Stats) -> Tensor:
+        return self.objective(stats, self.batch) * self.scale
+
+
+def edits(model: nn.Module) -> Iterator[Wrap]:
+    """The two wraps, for a causal language model before it is sharded. Refused where they would not be
+    exact."""
+    outer = _output_head(model)
+    heads = _candidates(outer)
+    for head in heads:
+        if original_class(head) is not nn.Linear:
+            raise Refused(
+                f"the output head is {_kind(head)}: only a plain nn.Linear head is exact (no LoRA on it)"
+            )
+    names = {id(module): name for name, module in model.named_modules()}
+    settings = {"_ebbtide_identity": is_identity(model, outer, heads[0].out_features)}
+    yield Wrap("", CausalLM, settings, must_run=False)
+    for head in heads:
+        yield Wrap(names[id(head)], OutputHead, must_run=False)
+
+
+def _output_head(model: Any) -> nn.Module:
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if not isinstance(head, nn.Module):
+        raise Refused(f"{type(model).__name__} has no output head: only causal language models are supported")
+    return head
+
+
+def _candidates(head: nn.Module) -> list[Any]:
+    """The head, or each of the copies that PEFT's `modules_to_save` keeps of it."""
+    if hasattr(head, "modules_to_save"):
+        return [head.original_module, *head.modules_to_save.values()]  # type: ignore[operator, union-attr, list-item]
+    return [head]
+
+
+def _live(head: Any) -> Any:
+    if not hasattr(head, "modules_to_save"):
+        return head
+    return head.original_module if head.disable_adapters else head.modules_to_save[head.active_adapters[0]]
+
+
+def _kind(module: nn.Module) -> str:
+    return f"{type(module).__module__.partition('.')[0]}'s {type(module).__name__}"
+
+
+def find_tokens(labels: Tensor | None, shift_labels: Tensor | None) -> Tokens:
+    """Positions, targets and owners of the learned tokens; positions are those *before* a learned token."""
+    if shift_labels is None:
+        assert labels is not None
+        shift_labels = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE)
+        ahead = 1
+    else:
+        ahead = 0
+    learned_BT = shift_labels != IGNORE
+    position_n = learned_BT.reshape(-1).nonzero()[:, 0]
+    return Tokens(
+        position_n=position_n,
+        target_n=shift_labels.reshape(-1)[position_n],
+        row_n=position_n // shift_labels.shape[1],
+        token_n=position_n + ahead,
+        lengths_B=learned_BT.sum(1),
+    )
+
+
+class OutputHead:
+    """Mixed into the head: answers a request once, and is the plain head otherwise."""
+
+    def forward(self: Any, hidden_BTD: Tensor) -> Tensor:
+        request = vars(self).pop(_REQUEST, None)
+        if request is None:
+            return super().forward(hidden_BTD)  # type: ignore[misc, no-any-return]
+        if hidden_BTD.shape[:-1] != request.positions:
+            given, found = list(request.positions), list(hidden_BTD.shape[:-1])
+            raise ValueError(f"labels {given} do not match the hidden states {found}")
+        # What the passes read of the module is its live weight, under any engine.
+        identity = request.model._ebbtide_identity
+        work = Work(
+            tokens=request.tokens,
+            names=("logprob", *sorted(request.objective.needs)),
+            logit_map=None if identity else logit_map(request.model, _output_head(request.model)),
+            matmul_dtype=_matmul_dtype(hidden_BTD),
+            head=self,
+        )
+        request.loss, empty_BT0 = run(work, request.terms, request.objective.separable, hidden_BTD)
+        return empty_BT0
+
+
+def _matmul_dtype(hidden_BTD: Tensor) -> torch.dtype:
+    kind, dtype = hidden_BTD.device.type, hidden_BTD.dtype
+    if torch.is_autocast_enabled(kind) and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(kind)
+    if dtype == torch.float16:
+        raise Refused("float16: gradients underflow in it; use bfloat16 or float32")
+    return dtype
+
+
+class CausalLM:
+    """Mixed into the causal language model: turns labels into a request to the head."""
+
+    # HF Trainer: the loss is divided by the number of items it passes, so it must not divide again.
+    accepts_loss_kwargs = True
+
+    def forward(
+        self: Any,
+        *args: Any,
+        labels: Tensor | None = None,
+        shift_labels: Tensor | None = None,
+        objective: Objective | None = None,
+        extras: Mapping[str, Tensor] | None = None,
+        weight: float | Tensor | None = None,
+        num_items_in_batch: float | Tensor | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        if labels is None and shift_labels is None:
+            return super().forward(*args, return_dict=return_dict, **kwargs)  # type: ignore[misc]
+        objective = SFT() if objective is None else objective
+        given = {"labels": labels, "shift_labels": shift_labels, **(extras or {})}
+        batch = {name: value for name, value in given.items() if value is not None}
+        total = weight if weight is not None else num_items_in_batch
+        own = objective.weight(batch) if total is None or _router(self, kwargs) else 0.0
+        scale = _inverse(own if total is None else total)
+        like = labels if shift_labels is None else shift_labels
+        request = Request(find_tokens(labels, shift_labels), like.shape, objective, batch, scale, self)
+        # A cache is of no use to a loss, and with one Transformers does not separate packed documents.
+        kwargs.setdefault("use_cache", False)
+        loss, output = _ask(
+            self, request, lambda: super(CausalLM, self).forward(*args, return_dict=True, **kwargs)
+        )
+        if getattr(output, "aux_loss", None) is not None:
+            loss = loss + _router_coefficient(self) * output.aux_loss * own * scale
+        output = type(output)(**{**output, "loss": loss})
+        wanted = self.config.return_dict if return_dict is None else return_dict
+        return output if wanted else output.to_tuple()
+
+
+def _inverse(total: float | Tensor) -> float | Tensor:
+    """1 / W; 0 when nothing is learned anywhere, so that an empty batch costs nothing."""
+    if isinstance(total, Tensor):
+        return torch.where(total > 0, 1 / total, torch.zeros_like(total, dtype=torch.float32))
+    return 1 / total if total > 0 else 0.0
+
+
+def _ask(model: nn.Module, request: Request, forward: Any) -> tuple[Tensor, Any]:
+    head = _live(_output_head(model))
+    if WRAPPED not in vars(head):
+        raise Refused(
+            f"the output head became {_kind(head)} after `prepare`: only a plain nn.Linear is exact"
+        )
+    vars(head)[_REQUEST] = request
+    try:
+        output = forward()
+    finally:
+        vars(head).pop(_REQUEST, None)
+    if request.loss is None:
+        raise RuntimeError(
+            f"{type(model).__name__} made its logits without calling its head; the loss is not known"
+        )
+    return request.loss + output.logits.sum(), output
+
+
+def _router(model: Any, kwargs: Mapping[str, Any]) -> bool:
+    asked = kwargs.get("output_router_logits")
+    return bool(getattr(model.config, "output_router_logits", False) if asked is None else asked)
+
+
+def _router_coefficient(model: Any) -> float:
+    for name in ("router_aux_loss_coef", "aux_loss_coef"):
+        for holder in (model, model.config):
+            if hasattr(holder, name):
+                return float(getattr(holder, name))
+    raise Refused(f"{type(model).__name__} has an auxiliary loss but no router_aux_loss_coef")

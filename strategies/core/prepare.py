@@ -1,0 +1,123 @@
+"""A model made ready for a list of strategies, in place, and the step that trains it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from distrib.contracts import Batch, Context, Engine, Result, Step
+from distrib.engines.local import Local
+from distrib.errors import Refused, UserError
+from distrib.topology import Topology
+from strategies.core import edits, head
+from strategies.core.contract import Strategy, overrides
+from strategies.core.edits import Edit, NoMatch
+from strategies.core.objectives import SFT, Objective
+from strategies.core.registry import check, name_of
+from strategies.core.steps import PlainStep
+
+Batches = Batch | Sequence[Batch]
+
+_PREPARED = "_ebbtide_strategies"
+
+
+def causal_lm(model: Any) -> nn.Module:
+    """The model that edits are named in: without PEFT around it."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    assert isinstance(inner, nn.Module)
+    return inner
+
+
+def edit(model: nn.Module, strategies: Sequence[Strategy], topology: Topology | None = None) -> None:
+    """Check the strategies and apply their edits and the head's, on a model that is not sharded yet (it may
+    be on the meta device). With the same strategies a second time it changes nothing; with others it is
+    refused."""
+    topology = topology or Topology()
+    inner: Any = causal_lm(model)
+    earlier = vars(inner).get(_PREPARED)
+    if earlier == tuple(strategies):
+        return
+    if earlier is not None:
+        raise Refused(
+            f"the model is already prepared for {', '.join(map(name_of, earlier))}: undo that first"
+        )
+    check(strategies, inner.config, topology)
+    owned: list[tuple[str, Edit]] = [(head.OWNER, wrap) for wrap in head.edits(inner)]
+    for strategy in strategies:
+        own = list(strategy.edits(inner, topology))
+        if overrides(strategy, "edits") and not own:
+            raise NoMatch(f"strategy {name_of(strategy)} found nothing to change in {type(inner).__name__}")
+        owned += [(name_of(strategy), change) for change in own]
+    edits.apply(inner, owned)
+    vars(inner)[_PREPARED] = tuple(strategies)
+
+
+def undo(model: nn.Module) -> None:
+    """The model as it was before `edit`."""
+    inner = causal_lm(model)
+    edits.undo(inner)
+    vars(inner).pop(_PREPARED, None)
+
+
+def prepare(
+    model: nn.Module,
+    strategies: Sequence[Strategy],
+    objective: Objective | None = None,
+    engine: Engine | None = None,
+) -> Prepared:
+    """Edit `model` in place and return its step.
+
+    Without an engine the model trains as it is, in this process. An engine's model was edited before it was
+    sharded: `edit` first, then the engine, then this.
+    """
+    if engine is not None and _PREPARED not in vars(causal_lm(model)):
+        raise Refused("the model was sharded before its edits: call strategies.edit before making the engine")
+    edit(model, strategies, None if engine is None else engine.topology)
+    objective = SFT() if objective is None else objective
+    engine = Local(model) if engine is None else engine
+    supplied = [
+        step for strategy in strategies if (step := strategy.step(model, engine, objective)) is not None
+    ]
+    return Prepared(model, supplied[0] if supplied else PlainStep(engine, objective), engine, objective)
+
+
+class Prepared:
+    """A step for anyone's loop: takes one batch or the micro-batches of a global batch, with or without
+    context."""
+
+    def __init__(self, model: nn.Module, step: Step, engine: Engine, objective: Objective) -> None:
+        self.model = model
+        self.step = step
+        self.engine = engine
+        self.objective = objective
+        self._calls = 0
+
+    def __call__(self, micro_batches: Batches, context: Context | None = None) -> Result:
+        batches = _listed(micro_batches)
+        result = self.step(batches, context or self._context(batches))
+        if self._calls == 0:
+            edits.assert_ran(causal_lm(self.model))
+        self._calls += 1
+        return result
+
+    def logprobs(self, micro_batches: Batches, context: Context | None = None) -> list[Tensor]:
+        batches = _listed(micro_batches)
+        return self.step.logprobs(batches, context or Context(torch.initial_seed(), self._calls, 1.0))
+
+    def undo(self) -> None:
+        undo(self.model)
+
+    def _context(self, batches: Sequence[Batch]) -> Context:
+        if self.engine.topology.world > 1:
+            raise UserError("a step over several ranks needs a Context: W is a sum over all of them")
+        weight = sum(self.objective.weight(batch) for batch in batches)
+        if weight == 0:
+            raise UserError("no loss tokens: every label of the global batch is -100")
+        return Context(torch.initial_seed(), self._calls, weight)
+
+
+def _listed(micro_batches: Batches) -> Sequence[Batch]:
+    return [micro_batches] if isinstance(micro_batches, dict) else micro_batches
