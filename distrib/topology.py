@@ -82,6 +82,9 @@ def read_environment() -> Topology:
         )
     import torch
 
+    if not torch.cuda.is_available():
+        # Whoever imports DeepSpeed would otherwise make it look for one, with a warning.
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     return Topology(
         rank=rank,
         world=world,

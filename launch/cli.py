@@ -94,7 +94,7 @@ def _parser() -> Parser:
     command("strategies", "list the ways to compute gradients")
     export = command("export", "write a run's model as a folder that Transformers or PEFT loads")
     export.add_argument("run", metavar="RUN", type=Path, help="the run's output folder")
-    export.add_argument("--output", type=Path, metavar="FOLDER", help="where to (RUN/final)")
+    export.add_argument("--output", type=Path, metavar="FOLDER", help="where to (RUN/final, or RUN/merged)")
     export.add_argument("--merge", action="store_true", help="merge a LoRA adapter into its model")
     recipe = command("recipe", "check a recipe and show every key of it", OVERRIDES)
     recipe.add_argument("--schema", action="store_true", help="print the JSON schema, for editors")
@@ -152,16 +152,23 @@ def _train(arguments: argparse.Namespace) -> int:
         if recipe.nproc > 1 and not launched(os.environ):
             json_flag = ["--json"] if arguments.json else []
             return spawn(["train", arguments.recipe, *json_flag, *arguments.overrides], recipe.nproc)
-        for name, value in QUIET.items():
-            os.environ.setdefault(name, value)
-        if not sys.warnoptions:
-            warnings.simplefilter("ignore")
+        _quieten()
         # what libraries print is no result
         with redirect_stdout(sys.stderr):
             summary = _train_rank(recipe)
-    if _rank_is_main():
+    if _is_first_rank():
         _show(summary, arguments.json)
     return 0
+
+
+def _quieten() -> None:
+    """Libraries keep their news to themselves; whoever sets their variables, or -W, hears them."""
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
+    if not (sys.stderr.isatty() and _is_first_rank()):
+        os.environ.setdefault("TQDM_DISABLE", "1")
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")
 
 
 def _train_rank(recipe: Recipe) -> dict[str, Any]:
@@ -174,7 +181,9 @@ def _train_rank(recipe: Recipe) -> dict[str, Any]:
             f"nproc={recipe.nproc}, but the launcher started {topology.local_world} ranks on this machine: "
             f"leave nproc out, or start {recipe.nproc}"
         )
-    if topology.device_type == "cuda":
+    if topology.device_type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    else:
         import torch
 
         if topology.local_world > (devices := torch.cuda.device_count()):
@@ -185,7 +194,7 @@ def _train_rank(recipe: Recipe) -> dict[str, Any]:
     return run_ranked(lambda: train(recipe, topology), topology, store)
 
 
-def _rank_is_main() -> bool:
+def _is_first_rank() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
@@ -267,7 +276,8 @@ def _show(result: dict[str, Any], as_json: bool) -> None:
         print(json.dumps(result))
         return
     for key, value in result.items():
-        print(f"{key}: {value}")
+        if value is not None and not isinstance(value, dict):
+            print(f"{key}: {', '.join(map(str, value)) if isinstance(value, list) else value}")
 
 
 COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {

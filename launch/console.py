@@ -57,7 +57,13 @@ class Console:
             from tqdm import tqdm
 
             self._bar = tqdm(
-                total=steps, initial=done, file=self._stream, unit="step", leave=False, dynamic_ncols=True
+                total=steps,
+                initial=done,
+                disable=False,
+                file=self._stream,
+                unit="step",
+                leave=False,
+                dynamic_ncols=True,
             )
 
     def log(self, record: Record) -> None:

@@ -70,6 +70,9 @@ def write_folder(recipe: Recipe, config: Any, state: dict[str, Tensor], folder: 
 
     An adapter of random weights comes with those weights, which nobody else could make.
     """
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
     draft = folder.with_name(f".{folder.name}.draft")
     shutil.rmtree(draft, ignore_errors=True)
     model = build(recipe, config)

@@ -169,8 +169,6 @@ def _import_deepspeed() -> Any:
     """DeepSpeed without its just-in-time builds: neither a compiler nor a GPU is needed to start."""
     # It reads the launcher's variable even when one process was started without a launcher.
     os.environ.setdefault("LOCAL_RANK", "0")
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     warnings.filterwarnings(
         "ignore", message=r".*torch.distributed.\w+_tensor. is deprecated", category=FutureWarning
     )

@@ -20,7 +20,8 @@ def show(recipe: Recipe, tokenizer: Any, data: Data, count: int, as_json: bool) 
 
     It warns when no token that ends a turn or a text is learned in them: a model trained so does not stop.
     """
-    examined = data.fetch(0, max(count, min(EXAMINED_ROWS, data.rows or EXAMINED_ROWS)))
+    wanted = max(count, EXAMINED_ROWS)
+    examined = data.fetch(0, wanted if data.rows is None else min(wanted, data.rows))
     sequences = [sequence for _, row in examined for sequence in row]
     learned = sum(int(sequence.learned.sum()) for sequence in sequences)
     tokens = sum(len(sequence.tokens) for sequence in sequences)

@@ -12,7 +12,7 @@ import inspect
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
@@ -115,10 +115,10 @@ def _refuse_conflicts(model: nn.Module, owned: list[tuple[str, Edit]]) -> None:
 
 
 def _wrap(module: nn.Module, edit: Wrap, owner: str) -> None:
-    settings = dict(edit.settings)
+    settings, before = dict(edit.settings), cast(Any, type(module))
     module.__dict__.update(settings)
-    module.__dict__[WRAPPED] = Mark(owner, edit.name, type(module), edit.must_run, tuple(settings))
-    module.__class__ = wrapped_class(type(module), edit.mixin)
+    module.__dict__[WRAPPED] = Mark(owner, edit.name, before, edit.must_run, tuple(settings))
+    module.__class__ = wrapped_class(before, edit.mixin)
 
 
 @cache
@@ -206,6 +206,6 @@ def assert_ran(model: nn.Module) -> None:
             mark = module.__dict__.get(kind)
             if mark is not None and mark.must_run and not mark.ran:
                 raise RuntimeError(
-                    f"strategy {mark.owner}: {name or 'the model'} did not run as edited in the first step; "
+                    f"strategy {mark.owner}: {name or 'the model'} did not run as edited in the first step:"
                     " something replaced its forward (gradient checkpointing switched on elsewhere?)"
                 )

@@ -25,7 +25,7 @@ from distrib.contracts import IGNORE
 from distrib.errors import Refused
 from strategies.core.edits import WRAPPED, Wrap, original_class
 from strategies.core.logit_map import is_identity, logit_map
-from strategies.core.objectives import SFT, Objective, Stats
+from strategies.core.objectives import SFT, Objective, Stats, learned
 from strategies.core.passes import run
 from strategies.core.statistics import Tokens, Work
 
@@ -73,10 +73,10 @@ def _output_head(model: Any) -> nn.Module:
     return head
 
 
-def _candidates(head: nn.Module) -> list[Any]:
+def _candidates(head: Any) -> list[Any]:
     """The head, or each of the copies that PEFT's `modules_to_save` keeps of it."""
     if hasattr(head, "modules_to_save"):
-        return [head.original_module, *head.modules_to_save.values()]  # type: ignore[operator, union-attr, list-item]
+        return [head.original_module, *head.modules_to_save.values()]
     return [head]
 
 
@@ -159,23 +159,23 @@ class CausalLM:
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> Any:
+        forward: Any = super().forward  # type: ignore[misc]
         if labels is None and shift_labels is None:
-            return super().forward(*args, return_dict=return_dict, **kwargs)  # type: ignore[misc]
+            return forward(*args, **kwargs, **({} if return_dict is None else {"return_dict": return_dict}))
         objective = SFT() if objective is None else objective
         given = {"labels": labels, "shift_labels": shift_labels, **(extras or {})}
         batch = {name: value for name, value in given.items() if value is not None}
         total = weight if weight is not None else num_items_in_batch
-        own = objective.weight(batch) if total is None or _router(self, kwargs) else 0.0
-        scale = _inverse(own if total is None else total)
-        like = labels if shift_labels is None else shift_labels
-        request = Request(find_tokens(labels, shift_labels), like.shape, objective, batch, scale, self)
+        scale = _inverse(objective.weight(batch) if total is None else total)
+        request = Request(
+            find_tokens(labels, shift_labels), learned(batch).shape, objective, batch, scale, self
+        )
         # A cache is of no use to a loss, and with one Transformers does not separate packed documents.
         kwargs.setdefault("use_cache", False)
-        loss, output = _ask(
-            self, request, lambda: super(CausalLM, self).forward(*args, return_dict=True, **kwargs)
-        )
+        loss, output = _ask(self, request, lambda: forward(*args, return_dict=True, **kwargs))
         if getattr(output, "aux_loss", None) is not None:
-            loss = loss + _router_coefficient(self) * output.aux_loss * own * scale
+            share = objective.weight(batch) * scale
+            loss = loss + _router_coefficient(self) * output.aux_loss * share
         output = type(output)(**{**output, "loss": loss})
         wanted = self.config.return_dict if return_dict is None else return_dict
         return output if wanted else output.to_tuple()
@@ -184,7 +184,9 @@ class CausalLM:
 def _inverse(total: float | Tensor) -> float | Tensor:
     """1 / W; 0 when nothing is learned anywhere, so that an empty batch costs nothing."""
     if isinstance(total, Tensor):
-        return torch.where(total > 0, 1 / total, torch.zeros_like(total, dtype=torch.float32))
+        # As float64 it takes part in products without changing their precision, or losing any.
+        exact = total.double()
+        return torch.where(exact > 0, 1 / exact, 0.0)
     return 1 / total if total > 0 else 0.0
 
 
@@ -204,11 +206,6 @@ def _ask(model: nn.Module, request: Request, forward: Any) -> tuple[Tensor, Any]
             f"{type(model).__name__} made its logits without calling its head; the loss is not known"
         )
     return request.loss + output.logits.sum(), output
-
-
-def _router(model: Any, kwargs: Mapping[str, Any]) -> bool:
-    asked = kwargs.get("output_router_logits")
-    return bool(getattr(model.config, "output_router_logits", False) if asked is None else asked)
 
 
 def _router_coefficient(model: Any) -> float:

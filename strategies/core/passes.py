@@ -30,15 +30,18 @@ def run(work: Work, terms: Terms, separable: bool, hidden_BTD: Tensor) -> tuple[
     """The loss, and the zero-width slice."""
     weight_VD, bias_V = work.head.weight, work.head.bias
     inputs = [x for x in (hidden_BTD, weight_VD, bias_V) if x is not None]
+    fused: Any = _Fused
+    unit_rows: Any = _UnitRows
+    recompute: Any = _Recompute
     with torch.autocast(hidden_BTD.device.type, enabled=False):
         if not torch.is_grad_enabled() or not any(x.requires_grad for x in inputs):
             values = _measured(work, hidden_BTD)
             return terms(work.tokens.stats(values)), hidden_BTD.new_empty(*hidden_BTD.shape[:-1], 0)
         if separable:
-            return _Fused.apply(hidden_BTD, weight_VD, bias_V, work, terms)  # type: ignore[no-any-return]
+            loss, empty = fused.apply(hidden_BTD, weight_VD, bias_V, work, terms)
+            return loss, empty
         frozen = not weight_VD.requires_grad and not (bias_V is not None and bias_V.requires_grad)
-        kept = _UnitRows if frozen else _Recompute
-        *measured, empty = kept.apply(hidden_BTD, weight_VD, bias_V, work)
+        *measured, empty = (unit_rows if frozen else recompute).apply(hidden_BTD, weight_VD, bias_V, work)
         return terms(work.tokens.stats(dict(zip(work.names, measured, strict=True)))), empty
 
 
@@ -76,7 +79,7 @@ class _Fused(torch.autograd.Function):
         return loss, hidden_BTD.new_empty(*hidden_BTD.shape[:-1], 0)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, by_loss: Tensor, _: Tensor) -> Any:
         if ctx.gradients is None:
             raise RuntimeError(
@@ -120,7 +123,7 @@ class _UnitRows(torch.autograd.Function):
         return *values.values(), hidden_BTD.new_empty(*hidden_BTD.shape[:-1], 0)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, *by_outputs: Tensor) -> Any:
         position_n, *units = ctx.saved_tensors
         by_empty = by_outputs[-1]
@@ -141,7 +144,7 @@ class _Recompute(torch.autograd.Function):
         return *values.values(), hidden_BTD.new_empty(*hidden_BTD.shape[:-1], 0)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, *by_outputs: Tensor) -> Any:
         (hidden_BTD,), work = ctx.saved_tensors, ctx.work
         # The weight is read from the module, not saved: a sharding engine has freed what the forward saw.

@@ -112,7 +112,7 @@ def test_reading_starts_over(tmp_path):
 
 
 def test_a_hub_name_is_read_at_its_revision(monkeypatch):
-    """The hub itself is out of reach here: what `datasets` is asked, and that a new commit is a new fingerprint."""
+    """What `datasets` is asked, the hub being out of reach, and that a new commit is a new fingerprint."""
     commits = iter(["first", "first", "second"])
     asked = []
     monkeypatch.setattr(datasets, "load_dataset_builder", lambda *a, **k: SimpleNamespace(hash=next(commits)))

@@ -1,0 +1,20 @@
+"""One thread a process, no network, and pools of ranks that live as long as the tests."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "DS_ACCELERATOR": "cpu"}
+
+import pytest
+import torch
+from ranks import Ranks
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def two_ranks() -> Iterator[Ranks]:
+    with Ranks(2) as pool:
+        yield pool

@@ -1,0 +1,82 @@
+"""Every (strategy, engine): accumulated = concatenated = data-parallel, against plain autograd."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from engine_cases import gradients, padded, ragged_rows, recipe, reference
+from ranks import Ranks
+from torch import Tensor
+
+import strategies
+from distrib.topology import Topology
+
+ENGINES = {
+    "ddp": {"name": "ddp"},
+    "fsdp2": {"name": "fsdp2"},
+    "zero1": {"name": "zero", "stage": 1},
+    "zero2": {"name": "zero", "stage": 2},
+    "zero3": {"name": "zero", "stage": 3},
+}
+MODELS = {
+    "full": {"config_overrides": {"tie_word_embeddings": False}},
+    "tied": {"config_overrides": {"tie_word_embeddings": True}},
+    "lora": {"lora_r": 4},
+}
+
+
+def worst(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+    assert found.keys() == expected.keys()
+    return max(float((found[n] - expected[n]).norm() / expected[n].norm().clamp_min(1e-9)) for n in expected)
+
+
+def precision(engine: str) -> tuple[torch.dtype, float]:
+    # DeepSpeed reduces in float32 whatever it is given.
+    return (torch.float32, 2e-6) if engine.startswith("zero") else (torch.float64, 1e-12)
+
+
+@pytest.mark.parametrize("strategy", strategies.names())
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("engine", ENGINES)
+def test_two_ranks_and_accumulation_give_the_gradients_of_one_batch(
+    two_ranks: Ranks, engine: str, model: str, strategy: str
+) -> None:
+    rows = ragged_rows(4)
+    dtype, bound = precision(engine)
+    made_from = recipe(engine=ENGINES[engine], **MODELS[model])
+    expected = reference(recipe(**MODELS[model]), rows, dtype)
+    shares = [[padded([row]) for row in rows[:2]], [padded([row]) for row in rows[2:]]]
+    for found in two_ranks("engine_cases:gradients", made_from, dtype, shares, strategy):
+        assert worst(found, expected) < bound
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_partial_window_with_a_filler_is_exact(two_ranks: Ranks, engine: str) -> None:
+    rows = ragged_rows(3)
+    dtype, bound = precision(engine)
+    made_from = recipe(engine=ENGINES[engine])
+    expected = reference(recipe(), rows, dtype)
+    shares = [[padded([rows[0]]), padded([rows[1]])], [padded([rows[2]]), padded([rows[2]], learn=False)]]
+    for found in two_ranks("engine_cases:gradients", made_from, dtype, shares):
+        assert worst(found, expected) < bound
+
+
+@pytest.mark.parametrize("split", [[4], [1, 3], [2, 2], [1, 1, 1, 1], [1, 2, 1]])
+def test_one_process_accumulates_as_one_batch(split: list[int]) -> None:
+    rows = ragged_rows(4)
+    expected = reference(recipe(), rows, torch.float64)
+    starts = [sum(split[:index]) for index in range(len(split))]
+    share = [padded(rows[start : start + count]) for start, count in zip(starts, split, strict=True)]
+    assert worst(gradients(Topology(), recipe(), torch.float64, [share]), expected) < 1e-12
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_wrong_gradients_would_be_noticed(two_ranks: Ranks, engine: str) -> None:
+    rows = ragged_rows(4)
+    dtype, bound = precision(engine)
+    expected = reference(recipe(), rows, dtype)
+    # A token fewer on one rank is the smallest mistake that averaging or a wrong W would make.
+    short = (rows[3][0][:-1], rows[3][1])
+    shares = [[padded([row]) for row in rows[:2]], [padded([rows[2]]), padded([short])]]
+    found = two_ranks("engine_cases:gradients", recipe(engine=ENGINES[engine]), dtype, shares)[0]
+    assert worst(found, expected) > 1e3 * bound
