@@ -16,12 +16,15 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from distrib.topology import Topology
+
+if TYPE_CHECKING:
+    from distrib.engines import Settings
 
 Batch = dict[str, Tensor]
 IGNORE = -100
@@ -48,9 +51,10 @@ class Result:
 
 @dataclass(frozen=True)
 class Window:
-    """One rank's share of a global batch: micro-batches, the ids of its rows, and what they count.
+    """One rank's part of one global batch. `ids` are the rows that it consumed.
 
-    Every rank has the same number of micro-batches; fillers learn nothing and count nowhere.
+    Fillers, which give every rank as many micro-batches as the others, are in `micro_batches` and nowhere else: not
+    in `ids`, not in the counts. `tokens` counts padding, `nonpad_tokens` does not, `loss_tokens` what is learned.
     """
 
     micro_batches: list[Batch]
@@ -79,6 +83,7 @@ class Engine(Protocol):
 
     name: str
     topology: Topology
+    settings: Settings
     module: nn.Module
     """What a step calls. The names of the model's own parameters are those of `model`."""
     model: nn.Module

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from distrib.errors import Refused
+from distrib.errors import Refused, choose
 
 ELEMENTWISE = {"adamw", "adam", "sgd", "nadam", "radam", "adamax", "adagrad", "rmsprop"}
 
@@ -40,25 +41,31 @@ class OptimizerSpec:
             {"params": matrices, "weight_decay": self.weight_decay},
             {"params": vectors, "weight_decay": 0.0},
         ]
-        groups = [group for group in groups if group["params"]]
-        match self.name:
-            case "adamw" | "adam":
-                cls = torch.optim.AdamW if self.name == "adamw" else torch.optim.Adam
-                return cls(groups, lr=0.0, betas=self.betas, eps=self.eps, fused=True)
-            case "nadam" | "radam" | "adamax":
-                cls = {"nadam": torch.optim.NAdam, "radam": torch.optim.RAdam, "adamax": torch.optim.Adamax}[
-                    self.name
-                ]
-                return cls(groups, lr=0.0, betas=self.betas, eps=self.eps)
-            case "sgd":
-                return torch.optim.SGD(groups, lr=0.0, momentum=self.momentum)
-            case "adagrad":
-                return torch.optim.Adagrad(groups, lr=0.0, eps=self.eps)
-            case "rmsprop":
-                return torch.optim.RMSprop(groups, lr=0.0, eps=self.eps, momentum=self.momentum)
-            case "adafactor":
-                return torch.optim.Adafactor(groups, lr=0.0)
-        raise Refused(f"optimizer.name={self.name!r}: choose {', '.join(sorted(ELEMENTWISE))} or adafactor")
+        return _make(self, [group for group in groups if group["params"]])
+
+
+def _make(spec: OptimizerSpec, groups: list[dict[str, Any]]) -> Optimizer:
+    optim = torch.optim
+    match spec.name:
+        case "adamw":
+            return optim.AdamW(groups, lr=0.0, betas=spec.betas, eps=spec.eps, fused=True)
+        case "adam":
+            return optim.Adam(groups, lr=0.0, betas=spec.betas, eps=spec.eps, fused=True)
+        case "nadam":
+            return optim.NAdam(groups, lr=0.0, betas=spec.betas, eps=spec.eps)
+        case "radam":
+            return optim.RAdam(groups, lr=0.0, betas=spec.betas, eps=spec.eps)
+        case "adamax":
+            return optim.Adamax(groups, lr=0.0, betas=spec.betas, eps=spec.eps)
+        case "sgd":
+            return optim.SGD(groups, lr=0.0, momentum=spec.momentum)
+        case "adagrad":
+            return optim.Adagrad(groups, lr=0.0, eps=spec.eps)
+        case "rmsprop":
+            return optim.RMSprop(groups, lr=0.0, eps=spec.eps, momentum=spec.momentum)
+        case "adafactor":
+            return optim.Adafactor(groups, lr=0.0)
+    raise choose("optimizer.name", spec.name, [*sorted(ELEMENTWISE), "adafactor"])
 
 
 @dataclass(frozen=True)

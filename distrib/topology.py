@@ -101,6 +101,7 @@ def connect(topology: Topology, timeout: timedelta = timedelta(minutes=10)) -> S
     """
     import torch
     import torch.distributed as dist
+    from torch.distributed.rendezvous import rendezvous
 
     if topology.device_type == "cuda":
         torch.cuda.set_device(topology.device)
@@ -111,8 +112,7 @@ def connect(topology: Topology, timeout: timedelta = timedelta(minutes=10)) -> S
             raise UserError(
                 f"WORLD_SIZE={topology.world} but no {name} in the environment: start with torchrun"
             )
-    rendezvous = dist.rendezvous("env://", topology.rank, topology.world, timeout=timeout)
-    store, _, _ = next(iter(rendezvous))
+    store, _, _ = next(iter(rendezvous("env://", topology.rank, topology.world, timeout=timeout)))
     store = dist.PrefixStore(f"generation-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     backend = "cpu:gloo,cuda:nccl" if topology.device_type == "cuda" else "gloo"
     dist.init_process_group(

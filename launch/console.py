@@ -20,7 +20,7 @@ def line(record: Record, steps: int) -> str:
 
 def _training(record: Record) -> list[str]:
     parts = [
-        f"loss {record['loss']:.4f}",
+        f"loss {round(record['loss'], 4) + 0.0:.4f}",  # + 0.0: no "-0.0000"
         f"grad norm {record['grad_norm']:.3f}",
         f"lr {record['learning_rate']:.2e}",
     ]

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from distrib import checkpoint
@@ -75,17 +76,17 @@ def write_folder(recipe: Recipe, config: Any, state: dict[str, Tensor], folder: 
     logging.disable_progress_bar()
     draft = folder.with_name(f".{folder.name}.draft")
     shutil.rmtree(draft, ignore_errors=True)
-    model = build(recipe, config)
+    model: Any = build(recipe, config)
     random_base = recipe.model_name_or_path in ("tiny", "small") or recipe.init == "random"
     if recipe.lora_r and random_base:
         plain = recipe.model_copy(update={"lora_r": 0})
-        base = build(plain, config)
+        base = build(plain, config, torch.bfloat16 if recipe.bf16 else torch.float32)
         weights = Weights(plain, config, Topology())
         filled = make("ddp", base, weights.fill, Topology(), Settings(optimizer=None))
         write_folder(plain, config, filled.full_state(), draft / "base")
         model.peft_config["default"].base_model_name_or_path = str((folder / "base").resolve())
     model.config.use_cache = True
-    model.save_pretrained(draft, state_dict=dict(state))  # type: ignore[operator]
+    model.save_pretrained(draft, state_dict=dict(state))
     load_tokenizer(recipe).save_pretrained(draft)
     if folder.exists():
         shutil.rmtree(folder)

@@ -239,7 +239,7 @@ class Weights:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(_key(self._recipe.seed, name))
             with torch.no_grad():
-                unit.apply(self._blueprint._init_weights)  # type: ignore[operator, arg-type]
+                unit.apply(self._blueprint._init_weights)  # type: ignore[arg-type]
         return {key: value.data for key, value in unit.named_parameters(prefix=name)}
 
     def _read(self, name: str, like: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from strategies.core.objectives import DPO, GRPO, SFT, Objective
@@ -9,7 +10,7 @@ from strategies.core.objectives import DPO, GRPO, SFT, Objective
 if TYPE_CHECKING:
     from launch.recipe import Recipe
 
-KINDS = {"sft": SFT, "dpo": DPO, "grpo": GRPO}
+KINDS: dict[str, Callable[..., Objective]] = {"sft": SFT, "dpo": DPO, "grpo": GRPO}
 
 
 def make_objective(recipe: Recipe) -> Objective:

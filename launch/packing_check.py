@@ -37,9 +37,9 @@ def check_packing(step: Step, engine: Engine) -> None:
     )
     context = Context(seed=0, step=0, weight=1.0)
     batches = [_packed(engine, first, second), _packed(engine, other, second), _packed(engine, second)]
-    one, two, alone = (
-        logprobs[0, -LENGTHS[1] + 1 :].double() for logprobs in step.logprobs(batches, context)
-    )
+    with evaluating(engine.model):
+        measured = step.logprobs(batches, context)
+    one, two, alone = (logprobs[0, -LENGTHS[1] + 1 :].double() for logprobs in measured)
     rounding = torch.finfo(torch.bfloat16 if engine.settings.bf16 else torch.float32).eps * one.abs().max()
     if (one - two).abs().max() > 4 * rounding or (one - alone).abs().max() > 64 * rounding:
         raise Refused(REFUSED.format(f"{type(engine.model).__name__} would"))

@@ -135,15 +135,17 @@ class Optimizer(Section):
 
 
 _Objectives = Literal["sft", "dpo", "grpo"] | SFT | DPO | GRPO
+_SourceList = Annotated[list[Text | Source], Field(min_length=1)]
+_StrategyList = Annotated[list[Text | Strategy], Field(min_length=1)]
 _Sources = Annotated[
     list[Source],
     Field(min_length=1),
-    BeforeValidator(_listed, json_schema_input_type=str | Source | list[str | Source]),
+    BeforeValidator(_listed, json_schema_input_type=Text | Source | _SourceList),
 ]
 _Strategies = Annotated[
     list[Strategy],
     Field(min_length=1),
-    BeforeValidator(_listed, json_schema_input_type=str | Strategy | list[str | Strategy]),
+    BeforeValidator(_listed, json_schema_input_type=Text | Strategy | _StrategyList),
 ]
 _Engine = Annotated[
     Engine, BeforeValidator(_named, json_schema_input_type=Literal["ddp", "fsdp2", "zero"] | Engine)

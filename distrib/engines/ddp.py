@@ -44,5 +44,5 @@ class DDP(TorchEngine):
 
 
 def _sum(_: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
-    future: Any = dist.all_reduce(bucket.buffer(), async_op=True).get_future()  # type: ignore[union-attr]
+    future: Any = dist.all_reduce(bucket.buffer(), async_op=True).get_future()
     return future.then(lambda done: done.value()[0])  # type: ignore[no-any-return]

@@ -54,7 +54,7 @@ class FSDP2(TorchEngine):
         policy = MixedPrecisionPolicy()
         if self.settings.bf16:
             policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-        fully_shard(unit, mesh=self._mesh, mp_policy=policy)  # type: ignore[arg-type, type-var]
+        fully_shard(unit, mesh=self._mesh, mp_policy=policy)
 
     @contextmanager
     def micro_batch(self, last: bool) -> Iterator[None]:

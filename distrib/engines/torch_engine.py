@@ -48,7 +48,7 @@ class TorchEngine:
             yield
 
     def backward(self, loss: Tensor) -> None:
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
 
     def gradients(self) -> Iterator[tuple[str, Tensor, str]]:
         for name, parameter in self.model.named_parameters():

@@ -8,26 +8,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from distrib.contracts import IGNORE, Batch
+from distrib.contracts import IGNORE, Batch, Window
 from launch.data.rows import Row, Sequence
 
 ADVANTAGE_FLOOR = 1e-4
-
-
-@dataclass(frozen=True)
-class Window:
-    """One rank's part of one global batch. `ids` are the rows that it consumed.
-
-    Fillers, which give every rank as many micro-batches as the others, are in `micro_batches` and nowhere
-    else: not in `ids`, not in the counts. `tokens` counts padding, `nonpad_tokens` does not,
-    `loss_tokens` only what is learned.
-    """
-
-    micro_batches: list[Batch]
-    ids: list[int]
-    tokens: int
-    nonpad_tokens: int
-    loss_tokens: int
 
 
 @dataclass(frozen=True)

@@ -116,9 +116,10 @@ def _build(name: str, folder: Path, build: Callable[[Tally], Iterator[Row]]) -> 
     for leftover in (partial, folder):
         shutil.rmtree(leftover, ignore_errors=True)
     partial.mkdir()
+    print(f"data: tokenising {name}", file=sys.stderr)
     try:
         tally = Tally()
-        summary = {"name": name, **_write(name, partial, build(tally)), **vars(tally)}
+        summary = {"name": name, **_write(partial, build(tally)), **vars(tally)}
         if not summary["rows"]:
             raise UserError(
                 f"dataset={name!r} has no loss tokens: nothing is learned in its {tally.dropped} samples "
@@ -133,7 +134,7 @@ def _build(name: str, folder: Path, build: Callable[[Tally], Iterator[Row]]) -> 
     return Stored(folder, summary)
 
 
-def _write(name: str, folder: Path, rows: Iterator[Row]) -> dict[str, int]:
+def _write(folder: Path, rows: Iterator[Row]) -> dict[str, int]:
     """Append every row to the arrays; how many rows, sequences, tokens and learned tokens there were."""
     from tqdm import tqdm
 
@@ -146,10 +147,8 @@ def _write(name: str, folder: Path, rows: Iterator[Row]) -> dict[str, int]:
 
         append("lines", 0)
         append("rows", 0)
-        # Shown on a terminal alone; elsewhere the line that sums up the finished set is enough.
-        for row in tqdm(
-            rows, desc=f"tokenising {name}", unit=" rows", disable=None, leave=False, file=sys.stderr
-        ):
+        # disable=None: the bar is shown on a terminal alone.
+        for row in tqdm(rows, unit=" rows", disable=None, leave=False, file=sys.stderr):
             for sequence in row:
                 counts["tokens"] += len(sequence.tokens)
                 counts["learned"] += int(sequence.learned.sum())

@@ -30,9 +30,10 @@ class Chat:
         encoded = self.tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         ids, starts = encoded["input_ids"], [start for start, _ in encoded["offset_mapping"]]
         if re.search(r"\{%-?\s*generation\b", template):
-            learned = self._marked(turns)
             first = len(self._prefix(whole, turns[:given], False)) if given else 0
-            return ids, [bool(mark) and start >= first for mark, start in zip(learned, starts, strict=True)]
+            # By characters: of one that takes several tokens, the mask may have the first alone.
+            marked = {start for start, mark in zip(starts, self._marks(turns), strict=True) if mark}
+            return ids, [start in marked and start >= first for start in starts]
         spans = [
             (len(self._prefix(whole, turns[:i], True)), len(self._prefix(whole, turns[: i + 1], False)))
             for i in range(given, len(turns))
@@ -58,7 +59,7 @@ class Chat:
         except (TemplateError, TypeError, KeyError, IndexError) as error:
             raise ValueError(f"the chat template refuses the messages: {error}") from None
 
-    def _marked(self, turns: list[Message]) -> list[int]:
+    def _marks(self, turns: list[Message]) -> list[int]:
         marked = self._render(turns, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
         masks: list[int] = marked["assistant_masks"]
         return masks

@@ -5,18 +5,19 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
+from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice, pairwise
+from itertools import accumulate, islice, pairwise
 from typing import Any, Protocol
 
 import numpy as np
 
-from distrib.contracts import Batch
+from distrib.contracts import Batch, Window
 from distrib.errors import UserError
 from distrib.topology import Topology
-from launch.data.batches import Layout, Window, window
+from launch.data.batches import Layout, window
 from launch.data.cache import Stored, stored_rows
 from launch.data.order import Mixture, turns
 from launch.data.packing import pack
@@ -79,6 +80,7 @@ class Shuffled:
     """Stored rows in the order of a mixture, epoch after epoch."""
 
     stored: list[Stored]
+    packed: bool
     mixture: Mixture
 
     def fetch(self, start: int, stop: int) -> list[tuple[int, Row]]:
@@ -86,7 +88,7 @@ class Shuffled:
         return [(row_id, self.stored[source][row]) for row_id, source, row in places]
 
     def largest(self, count: int) -> list[Row]:
-        return largest(self.stored, count)
+        return largest(self.stored, self.packed, count)
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,7 @@ class InOrder:
     """The first stored rows of each set by turns, unshuffled: what an evaluation always sees."""
 
     stored: list[Stored]
+    packed: bool
     places: list[tuple[int, int]]
 
     def fetch(self, start: int, stop: int) -> list[tuple[int, Row]]:
@@ -102,19 +105,22 @@ class InOrder:
         return [(i, self.stored[self.places[i][0]][self.places[i][1]]) for i in range(start, stop)]
 
     def largest(self, count: int) -> list[Row]:
-        return largest(self.stored, count)
+        return largest(self.stored, self.packed, count)
 
 
-def largest(stored: list[Stored], count: int) -> list[Row]:
-    """The row with the longest sequence, and with it those of the most sequences, since a batch is as wide
-    as its longest sequence and all its sequences are padded to that. Among equals, the rows with the most
-    tokens."""
-    names = [(source, row) for source, rows in enumerate(stored) for row in range(len(rows))]
+def largest(stored: list[Stored], packed: bool, count: int) -> list[Row]:
+    """The row with the longest line, and with it those of the most lines, since a batch is as wide as its
+    longest line and all are padded to that. Among equals, the rows with the most tokens. Packed, a row is
+    one line."""
     lines, longest, tokens = (np.concatenate(part) for part in zip(*(s.sizes() for s in stored), strict=True))
+    if packed:
+        lines, longest = np.ones_like(tokens), tokens
     first = int(np.lexsort((tokens, lines, longest))[-1])
     others = [int(index) for index in np.lexsort((tokens, lines))[::-1][:count] if index != first]
     chosen = [first, *others][:count]
-    rows = [stored[names[index][0]][names[index][1]] for index in chosen]
+    ends = list(accumulate(len(rows) for rows in stored))
+    places = [(bisect_right(ends, index), index) for index in chosen]
+    rows = [stored[source][index - ends[source] + len(stored[source])] for source, index in places]
     return [rows[index % len(rows)] for index in range(count)]
 
 
@@ -135,7 +141,9 @@ def open_data(recipe: Recipe, tokenizer: Any, topology: Topology, evaluation: bo
     records = [open_source(source) for source in sources]
     encoders = [Encoder(r.name, name, tokenizer, recipe.max_length) for r in records]
     if recipe.streaming and not evaluation:
-        stream = Stream(list(zip(records, encoders, strict=True)), recipe.packing, recipe.seed)
+        stream = Stream(
+            list(zip(records, encoders, strict=True)), recipe.packing, recipe.seed, announce=topology.main
+        )
         return Data(None, layout, stream, [{"name": r.name, "weight": r.weight} for r in records])
     limit = recipe.eval_rows if evaluation else None
     depends_on = {"tokenizer": fingerprint(tokenizer), "objective": name, "max_length": recipe.max_length}
@@ -152,9 +160,9 @@ def open_data(recipe: Recipe, tokenizer: Any, topology: Topology, evaluation: bo
     weights = tuple(r.weight for r in records)
     if limit is not None:
         places = _by_turns([len(rows) for rows in stored], weights)[:limit]
-        return Data(len(places), layout, InOrder(stored, places), summaries)
+        return Data(len(places), layout, InOrder(stored, recipe.packing, places), summaries)
     mixture = Mixture(tuple(len(rows) for rows in stored), weights, recipe.seed)
-    return Data(len(mixture), layout, Shuffled(stored, mixture), summaries)
+    return Data(len(mixture), layout, Shuffled(stored, recipe.packing, mixture), summaries)
 
 
 def _rows(

@@ -8,7 +8,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import accumulate
 
 import numpy as np
@@ -39,21 +39,30 @@ class Mixture:
     def __len__(self) -> int:
         return sum(self.slots)
 
+    @cached_property
+    def _fixed(self) -> dict[int, NDArray[np.int64]]:
+        partly = [source for source, weight in enumerate(self.weights) if weight % 1]
+        return {source: permutation(self.sizes[source], self.seed, -1 - source) for source in partly}
+
     def locate(self, position: int) -> tuple[int, int, int]:
         """(id, set, row in the set) at a position of the stream. The id, epoch * len + slot, never comes
         twice."""
         epoch, place = divmod(position, len(self))
-        slot = int(permutation(len(self), self.seed, epoch)[place])
+        slot = int(_epoch_order(len(self), self.seed, epoch)[place])
         ends = list(accumulate(self.slots))
         source = bisect_right(ends, slot)
         slots = self.slots[source]
         row = (epoch * slots + slot - (ends[source] - slots)) % self.sizes[source]
         if self.weights[source] % 1:
-            row = int(permutation(self.sizes[source], self.seed, -1 - source)[row])
+            row = int(self._fixed[source][row])
         return epoch * len(self) + slot, source, row
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=2)
+def _epoch_order(length: int, seed: int, epoch: int) -> NDArray[np.int64]:
+    return permutation(length, seed, epoch)
+
+
 def permutation(length: int, seed: int, purpose: int) -> NDArray[np.int64]:
     """A permutation by sorting random keys."""
     return np.argsort(random_source(seed, purpose).random_raw(length), kind="stable")

@@ -35,11 +35,11 @@ def show(recipe: Recipe, tokenizer: Any, data: Data, count: int, as_json: bool) 
         "examined_tokens": tokens,
         "learned_share": learned / tokens,
         "samples": [_sample(row_id, row, tokenizer) for row_id, row in examined[:count]],
-        "warnings": _stop_warnings(tokenizer, sequences),
+        "warnings": _stop_warnings(tokenizer, sequences, recipe.max_length),
     }
     if not as_json:
         for row_id, row in examined[:count]:
-            _print_row(row_id, row, tokenizer)
+            _print_row(row_id, row, tokenizer, rewarded=recipe.objective.name == "grpo")
         _print_summary(result)
     return result
 
@@ -72,9 +72,9 @@ def stop_tokens(tokenizer: Any) -> set[int]:
     """The end token, and the special tokens with which the chat template ends the assistant's turn."""
     stops = {tokenizer.eos_token_id} - {None}
     if tokenizer.chat_template is not None:
-        turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+        turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b7b"}]
         try:
-            end = tokenizer.apply_chat_template(turns, tokenize=False).rpartition("b")[2]
+            end = tokenizer.apply_chat_template(turns, tokenize=False).rpartition("b7b")[2]
         except Exception:  # a template may refuse any conversation; then it tells nothing about stopping
             return stops
         special = set(tokenizer.added_tokens_decoder)
@@ -82,23 +82,24 @@ def stop_tokens(tokenizer: Any) -> set[int]:
     return stops
 
 
-def _stop_warnings(tokenizer: Any, sequences: list[Sequence]) -> list[str]:
+def _stop_warnings(tokenizer: Any, sequences: list[Sequence], max_length: int) -> list[str]:
+    """Where every sequence is cut at max_length, none shows how it ends, and nothing is said."""
     stops = stop_tokens(tokenizer)
     names = (
         ", ".join(tokenizer.convert_ids_to_tokens(sorted(stops))) or "none, the tokenizer names no end token"
     )
     there = {int(token) for sequence in sequences for token in sequence.tokens}
     learned = {int(token) for sequence in sequences for token in sequence.tokens[sequence.learned]}
-    if stops & learned:
+    if stops & learned or all(len(sequence.tokens) == max_length for sequence in sequences):
         return []
     where = "occurs in these rows but is never learned" if stops & there else "does not occur in these rows"
     return [f"no stop token is learned: {names} {where}, so the trained model may not stop"]
 
 
-def _print_row(row_id: int, row: Row, tokenizer: Any) -> None:
+def _print_row(row_id: int, row: Row, tokenizer: Any, rewarded: bool) -> None:
     for index, sequence in enumerate(row):
         part = f", sequence {index + 1} of {len(row)}" if len(row) > 1 else ""
-        reward = f", reward {sequence.reward:g}" if sequence.reward else ""
+        reward = f", reward {sequence.reward:g}" if rewarded else ""
         print(
             f"--- row {row_id}{part}: {len(sequence.tokens)} tokens, {sequence.learned.sum()} learned{reward}"
         )

@@ -152,7 +152,7 @@ def _texts(files: list[Path]) -> Iterator[Record]:
     tie."""
     for path in files:
         try:
-            with path.open(encoding="utf-8") as lines:
+            with path.open(encoding="utf-8-sig") as lines:
                 piece, begins = _piece(lines), True
                 while piece:
                     following = _piece(lines)
@@ -170,9 +170,9 @@ def _piece(lines: IO[str]) -> str:
 def _json(path: Path) -> Iterator[Record]:
     """One object a line; a file that starts with `[` is one list of them, and is read whole."""
     with (
-        gzip.open(path, "rt", encoding="utf-8")
+        gzip.open(path, "rt", encoding="utf-8-sig")
         if path.suffix == ".gz"
-        else path.open(encoding="utf-8") as lines
+        else path.open(encoding="utf-8-sig") as lines
     ):
         listed = lines.read(1) == "["
         lines.seek(0)

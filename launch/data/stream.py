@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import count, islice
@@ -30,8 +31,11 @@ class Stream:
     earlier position starts from the beginning.
     """
 
-    def __init__(self, sources: list[tuple[Records, Encoder]], packing: bool, seed: int) -> None:
+    def __init__(
+        self, sources: list[tuple[Records, Encoder]], packing: bool, seed: int, announce: bool = False
+    ) -> None:
         self.sources, self.packing, self.seed = sources, packing, seed
+        self._unannounced = [encoder for _, encoder in sources] if announce else []
         self._position, self._rows = 0, self._mixed()
 
     def fetch(self, start: int, stop: int) -> list[tuple[int, Row]]:
@@ -40,7 +44,19 @@ class Stream:
             self._position, self._rows = 0, self._mixed()
         skip = start - self._position
         self._position = stop
-        return [(row_id, row()) for row_id, row in islice(self._rows, skip, skip + stop - start)]
+        rows = [(row_id, row()) for row_id, row in islice(self._rows, skip, skip + stop - start)]
+        self._announce()
+        return rows
+
+    def _announce(self) -> None:
+        """Say of each source once that it has samples which are cut; how many is not known."""
+        cut = [encoder for encoder in self._unannounced if encoder.tally.truncated]
+        self._unannounced = [encoder for encoder in self._unannounced if not encoder.tally.truncated]
+        for encoder in cut:
+            print(
+                f"data: {encoder.dataset}: samples are cut at max_length={encoder.max_length}",
+                file=sys.stderr,
+            )
 
     def largest(self, count: int) -> list[Row]:
         """Rows as large as any may be, since those to come are not known: made of the stream's first one,

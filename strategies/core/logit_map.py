@@ -7,7 +7,7 @@ nothing of interest. A probe then says whether the map is the identity, or acts 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,18 +18,27 @@ from strategies.core.statistics import LogitMap
 
 
 class _Part(nn.Module):
-    """Stands for a backbone: whatever is asked of its output is None, except for the hidden states."""
+    """Stands for a backbone: it keeps its plain attributes, and whatever is asked of its output is None, except
+    for the hidden states."""
 
-    def __init__(self, hidden_1CD: Tensor) -> None:
+    def __init__(self, real: nn.Module, hidden_1CD: Tensor) -> None:
         super().__init__()
-        self.output = _Output(hidden_1CD)
+        vars(self).update(_plain(real), output=_Output(hidden_1CD))
 
     def forward(self, *args: Any, **kwargs: Any) -> _Output:
-        return self.output
+        return cast(_Output, vars(self)["output"])
 
     def __getattr__(self, name: str) -> Any:
         # `self.model.decoder(...)` is a part as well.
         return self
+
+
+def _plain(module: nn.Module) -> dict[str, Any]:
+    """The attributes that are neither weights nor modules."""
+    own = {name: value for name, value in vars(module).items() if name not in vars(nn.Module())}
+    # Someone may have put a bound forward on the instance: it would run the real model.
+    own.pop("forward", None)
+    return own
 
 
 class _Output:
@@ -49,6 +58,7 @@ class _Head(nn.Module):
     def __init__(self, logits_1CV: Tensor) -> None:
         super().__init__()
         self.logits_1CV = logits_1CV
+        self.weight = logits_1CV[0, :0]
 
     def forward(self, hidden_1CD: Tensor) -> Tensor:
         return self.logits_1CV
@@ -56,18 +66,15 @@ class _Head(nn.Module):
 
 def logit_map(model: nn.Module, head: nn.Module) -> LogitMap:
     """The map of `model`, whose output head is `head`; logits in, logits out, both [C, V]."""
-    plain = {name: value for name, value in vars(model).items() if name not in vars(nn.Module())}
-    # Someone may have put a bound forward on the instance: it would run the real model.
-    plain.pop("forward", None)
+    plain, parts = _plain(model), dict(model.named_children())
     before = original_class(model)
-    head_name = next(name for name, child in model.named_children() if child is head)
 
     def run(logits_CV: Tensor) -> Tensor:
         shell = before.__new__(before)
         nn.Module.__init__(shell)
         vars(shell).update(plain, training=model.training)
-        for name, _ in model.named_children():
-            stub = _Head(logits_CV[None]) if name == head_name else _Part(logits_CV[None, :, :1])
+        for name, part in parts.items():
+            stub = _Head(logits_CV[None]) if part is head else _Part(part, logits_CV[None, :, :1])
             setattr(shell, name, stub)
         ids_1C = torch.zeros(1, logits_CV.shape[0], dtype=torch.long, device=logits_CV.device)
         mapped: Tensor = before.forward(shell, input_ids=ids_1C, return_dict=True).logits[0]

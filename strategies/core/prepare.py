@@ -16,6 +16,7 @@ from strategies.core import edits, head
 from strategies.core.contract import Strategy, overrides
 from strategies.core.edits import Edit, NoMatch
 from strategies.core.objectives import SFT, Objective
+from strategies.core.packing import is_packed, refuse_leaks
 from strategies.core.registry import check, name_of
 from strategies.core.steps import PlainStep
 
@@ -94,9 +95,15 @@ class Prepared:
         self.engine = engine
         self.objective = objective
         self._calls = 0
+        self._packing_seen = False
 
     def __call__(self, micro_batches: Batches, context: Context | None = None) -> Result:
         batches = _listed(micro_batches)
+        if not self._packing_seen and self._packed(batches):
+            inner: Any = causal_lm(self.model)
+            name, vocabulary = type(inner).__name__, inner.config.vocab_size
+            refuse_leaks(self.step, self.engine.module, name, vocabulary, batches[0])
+            self._packing_seen = True
         result = self.step(batches, context or self._context(batches))
         if self._calls == 0:
             edits.assert_ran(causal_lm(self.model))
@@ -106,6 +113,11 @@ class Prepared:
     def logprobs(self, micro_batches: Batches, context: Context | None = None) -> list[Tensor]:
         batches = _listed(micro_batches)
         return self.step.logprobs(batches, context or Context(torch.initial_seed(), self._calls, 1.0))
+
+    def _packed(self, batches: Sequence[Batch]) -> bool:
+        # Ranks must agree without asking each other, and one of them may have single documents only.
+        several = self.engine.topology.world > 1
+        return any("position_ids" in batch and (several or is_packed(batch)) for batch in batches)
 
     def undo(self) -> None:
         undo(self.model)

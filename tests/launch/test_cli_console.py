@@ -33,6 +33,7 @@ def test_energy_is_shown_only_when_it_was_measured() -> None:
 
 
 def test_values_that_are_no_numbers_are_shown_as_such() -> None:
+    assert "loss 0.0000" in line({**RECORD, "loss": -1e-6}, 7)
     assert "loss nan  grad norm inf" in line({**RECORD, "loss": float("nan"), "grad_norm": float("inf")}, 7)
 
 

@@ -64,6 +64,13 @@ def grow(texts):
     (texts / "a.txt").write_text("first document!")
 
 
+def grow_unseen(texts):
+    """As archives do that restore the time of change."""
+    before = (texts / "a.txt").stat().st_mtime_ns
+    grow(texts)
+    os.utime(texts / "a.txt", ns=(before, before))
+
+
 def add(texts):
     (texts / "c.txt").write_text("third")
 
@@ -72,7 +79,7 @@ def rename(texts):
     (texts / "a.txt").rename(texts / "z.txt")
 
 
-@pytest.mark.parametrize("change", [touch, grow, add, rename])
+@pytest.mark.parametrize("change", [touch, grow, grow_unseen, add, rename])
 def test_a_changed_file_is_seen(texts, encoded, change):
     content(texts)
     del encoded[:]
@@ -248,9 +255,11 @@ def test_a_set_that_teaches_nothing_is_said(tmp_path, root):
 def test_what_was_cut_or_dropped_is_said_again_on_reuse(tmp_path, capsys):
     path = tmp_path / "a.jsonl"
     path.write_text('{"prompt": "a", "completion": "bcdefgh"}\n{"prompt": "abcdefgh", "completion": "b"}\n')
-    for _ in range(2):
+    for built in (True, False):
         content(path, max_length=4)
         shown = capsys.readouterr().err.splitlines()
+        if built:
+            assert shown.pop(0) == f"data: tokenising {path}"
         assert shown[0].endswith("a.jsonl: 1 rows, 4 tokens, 75.0% learned")
         assert shown[1].endswith("a.jsonl: 2 samples cut at max_length=4")
         assert shown[2].endswith("a.jsonl: 1 samples dropped: nothing learned")

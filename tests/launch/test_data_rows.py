@@ -137,6 +137,14 @@ def test_messages_with_generation_marks():
     ]
 
 
+def test_marks_cover_the_last_character_to_its_last_byte():
+    template = "{% for m in messages %}[{% generation %}{{ m.content }}{% endgeneration %}]{% endfor %}"
+    (sequence,) = only(
+        encoder(template=template).rows({"messages": [{"role": "assistant", "content": "日本"}]}, 0)
+    )
+    assert shown(sequence) == [(False, [*b"["]), (True, [*"日本".encode()]), (False, [*b"]"])]
+
+
 def test_messages_without_generation_marks_by_prefixes():
     turns = [USER_HI, SAYS_YO, USER_HI, {"role": "assistant", "content": "ök"}]
     (sequence,) = only(encoder(template=CHATML).rows({"messages": turns}, 0))

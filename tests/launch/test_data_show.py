@@ -119,6 +119,18 @@ def test_a_stop_token_that_is_never_learned_is_warned_of(tmp_path, capsys, templ
         assert f"warning: {said}\n" in out
 
 
+def test_texts_that_are_all_cut_show_no_end_to_warn_of(tmp_path):
+    assert shown(tmp_path, [{"text": "abcdefg"}], max_length=4)["warnings"] == []
+    cut = {"prompt": "a", "completion": "bcdefg"}
+    assert shown(tmp_path, [cut], max_length=4)["warnings"] == []
+    unended = {"messages": [{"role": "user", "content": "a"}]}
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% generation %}{{ m.content }}b{% endgeneration %}{% endfor %}"
+    )
+    assert len(shown(tmp_path, [cut, unended], max_length=4, tokenizer=tokenizer)["warnings"]) == 1
+
+
 def test_a_stream_is_shown_too(tmp_path, capsys):
     result = shown(tmp_path, [MESSAGES], streaming=True, max_steps=1)
     assert result["rows"] is None

@@ -14,6 +14,7 @@ import pytest
 
 from distrib.errors import UserError
 from launch.data import sources
+from launch.data.chat import _checked
 from launch.data.sources import open_source
 from launch.recipe import Source
 
@@ -65,6 +66,22 @@ def test_records_need_not_have_one_form(tmp_path):
 def test_a_parquet_file(tmp_path):
     parquet(tmp_path / "a.parquet", RECORDS)
     assert read(tmp_path / "a.parquet") == RECORDS
+
+
+def test_messages_from_parquet(tmp_path):
+    """Columns give every message all fields; the empty ones are dropped before the template sees them."""
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "note": "c"}]
+    parquet(tmp_path / "a.parquet", [{"messages": turns, "text": None}])
+    (record,) = read(tmp_path / "a.parquet")
+    assert record["messages"] == [turns[0] | {"note": None}, turns[1]]
+    assert _checked(record["messages"]) == turns
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    (tmp_path / "a.jsonl").write_text(lines(RECORDS), encoding="utf-8-sig")
+    (tmp_path / "a.txt").write_text("abc", encoding="utf-8-sig")
+    assert read(tmp_path / "a.jsonl") == RECORDS
+    assert read(tmp_path / "a.txt")[0]["text"] == "abc"
 
 
 def test_a_folder_of_data_has_splits(tmp_path):

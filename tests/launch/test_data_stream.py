@@ -129,6 +129,15 @@ def test_a_pass_of_texts_has_every_token_once(tmp_path, packing, rows):
         assert tokens == {256: 8} | {97 + i: length for i, length in enumerate(lengths)}
 
 
+def test_cut_samples_are_said_once(tmp_path, capsys):
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"prompt": "a", "completion": "b" * 30}))
+    data = streamed(str(path))
+    for position in range(3):
+        data.window(position, position + 1, 0, 1, 1)
+    assert capsys.readouterr().err == f"data: {path}: samples are cut at max_length=20\n"
+
+
 def test_the_longest_is_a_full_row(tmp_path):
     groups = [{"prompt": "p", "completions": ["a", "bc", ""], "rewards": [1, 2, 3]}]
     path = tmp_path / "g.jsonl"

@@ -91,7 +91,9 @@ def test_every_rank_gets_as_many_micro_batches_and_fillers_count_nothing(tmp_pat
     data = data_of(numbered(tmp_path / "a.jsonl", 24))
     windows = step(data, 0, size, world, batch)
     assert len({len(window.micro_batches) for window in windows}) == 1
-    assert sum(len(window.ids) for window in windows) == size
+    shares = [len(window.ids) for window in windows]
+    assert sum(shares) == size
+    assert max(shares) - min(shares) <= 1
     for window in windows:
         real = -(-len(window.ids) // batch)
         for filler in window.micro_batches[real:]:
@@ -205,6 +207,9 @@ def test_the_longest_micro_batch(tmp_path):
     batch = data.longest(2)
     assert sorted((batch["labels"] != -100).sum(1).tolist()) == [30, 31]
     assert data.longest(9)["input_ids"].shape == (9, 32)
+    lengths = (5, 5, 5, 5, 12, 6)  # the longest document is not in the fullest row
+    texts = write(tmp_path / "p.jsonl", [{"text": "a" * (n - 1)} for n in lengths])
+    assert data_of(texts, packing=True, max_length=20).longest(1)["input_ids"].shape == (1, 20)
     groups = [
         {"prompt": "p", "completions": ["a" * n] * k, "rewards": [0] * k}
         for n, k in ((2, 8), (20, 2), (5, 3))

@@ -1,0 +1,33 @@
+# `make demo` and `make test` need Python 3.11 or newer and make; the rest is installed into .venv.
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/installed
+PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: demo test test-all check bench
+
+demo: $(INSTALLED)
+	$(BIN)/ebbtide train recipes/tiny.yaml nproc=2
+
+test: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow"
+
+test-all: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+check: $(INSTALLED)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+bench: $(INSTALLED)
+	$(BIN)/python benchmarks/loop.py
+
+# torch comes first and builds are not isolated: a build that wants torch must find this one, not fetch another
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit("Ebbtide needs Python 3.11 or newer: make PYTHON=..." if sys.version_info < (3, 11) else 0)'
+	@echo "installing into .venv, which takes a few minutes"
+	$(PYTHON) -m venv .venv
+	$(PIP) setuptools ninja torch
+	$(PIP) --no-build-isolation --editable ".[dev]"
+	@touch $@

@@ -1,0 +1,141 @@
+"""Strategies that are wrong in small ways, to show that the suite finds them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+from contract.checks import CHECKS
+
+from distrib.errors import UserError
+from strategies import Strategy
+from strategies.core.edits import Swap, Wrap
+from strategies.core.steps import PlainStep
+
+
+class Scaled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, g):
+        return g * (1 + 1e-9)
+
+
+class ScaledLayer:
+    def forward(self, hidden, *args, **kwargs):
+        return super().forward(Scaled.apply(hidden), *args, **kwargs)
+
+
+@dataclass(frozen=True)
+class ScaledGradients(Strategy):
+    """The gradient below one layer is a billionth too large."""
+
+    def edits(self, model: Any, topology: Any) -> Any:
+        yield Wrap("model.layers.1", ScaledLayer)
+
+
+class DroppingStep(PlainStep):
+    def __call__(self, micro_batches, context):
+        cut = [{**batch, "labels": batch["labels"].clone()} for batch in micro_batches]
+        for batch in cut:
+            batch["labels"][:, -1] = -100
+        return super().__call__(cut, context)
+
+
+@dataclass(frozen=True)
+class DroppedToken(Strategy):
+    """The last token of every row is not learned."""
+
+    def step(self, model, engine, objective):
+        return DroppingStep(engine, objective)
+
+
+class OneDocument:
+    def forward(self, *args, position_ids=None, **kwargs):
+        return super().forward(*args, **kwargs)
+
+
+@dataclass(frozen=True)
+class LeakedPacking(Strategy):
+    """Documents of a packed row see each other."""
+
+    def edits(self, model: Any, topology: Any) -> Any:
+        yield Wrap("model", OneDocument)
+
+
+class LocalWeightStep(PlainStep):
+    def __call__(self, micro_batches, context):
+        mean = len(micro_batches)
+        parts = [
+            super(LocalWeightStep, self).__call__([b], replace(context, weight=self.objective.weight(b) * mean or 1))
+            for b in micro_batches
+        ]
+        return replace(parts[0], loss=sum(p.loss for p in parts), tokens=sum(p.tokens for p in parts))
+
+
+@dataclass(frozen=True)
+class MeanOfMeans(Strategy):
+    """Each micro-batch is averaged by itself, the oldest mistake of accumulation."""
+
+    def step(self, model, engine, objective):
+        return LocalWeightStep(engine, objective)
+
+
+class Renamed(torch.nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return self.inner(x)
+
+
+@dataclass(frozen=True)
+class RenamedParameters(Strategy):
+    """A wrapper module, which renames parameters."""
+
+    def edits(self, model: Any, topology: Any) -> Any:
+        yield Swap("model.layers.0.mlp", Renamed)
+
+
+class Unseeded(PlainStep):
+    def __call__(self, micro_batches, context):
+        return super().__call__(micro_batches, replace(context, seed=torch.initial_seed()))
+
+
+@dataclass(frozen=True)
+class UnseededDropout(Strategy):
+    """Randomness from the process, not from the context."""
+
+    def step(self, model, engine, objective):
+        return Unseeded(engine, objective)
+
+
+WRONG = {
+    ScaledGradients: {"gradients, full, one", "gradients, lora, packing", "gradients, tied, dpo"},
+    DroppedToken: {"gradients, full, one", "gradients, lora, packing"},
+    LeakedPacking: {"gradients, full, packing", "trains_in_any_loop"},
+    MeanOfMeans: {"gradients, full, accumulation", "gradients, tied, prompt masks"},
+    RenamedParameters: {"keeps_names"},
+    UnseededDropout: {"repeats_bitwise"},
+}
+UNHARMED = {
+    LeakedPacking: "gradients, full, accumulation",
+    MeanOfMeans: "gradients, full, one",
+    UnseededDropout: "gradients, full, accumulation",
+}
+
+
+@pytest.mark.parametrize(("strategy", "name"), [(s, name) for s, names in WRONG.items() for name in sorted(names)])
+def test_a_wrong_strategy_fails(strategy, name):
+    with pytest.raises((AssertionError, UserError)):
+        CHECKS[name](strategy)
+
+
+@pytest.mark.parametrize(("strategy", "name"), UNHARMED.items())
+def test_it_fails_for_its_mistake_alone(strategy, name):
+    CHECKS[name](strategy)
