@@ -30,7 +30,6 @@ QUIET = {
     "DATASETS_VERBOSITY": "error",
     "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
     "TOKENIZERS_PARALLELISM": "true",
-    "DEEPSPEED_LOG_LEVEL": "error",
 }
 
 
@@ -273,7 +272,7 @@ def _recipe_command(arguments: argparse.Namespace) -> int:
 
 def _show(result: dict[str, Any], as_json: bool) -> None:
     if as_json:
-        print(json.dumps(result))
+        print(json.dumps(result, default=str))
         return
     for key, value in result.items():
         if value is not None and not isinstance(value, dict):

@@ -161,13 +161,9 @@ def _refuse_other_parameters(before: nn.Module, after: nn.Module, edit: Swap | D
     old, new = dict(before.named_parameters()), dict(after.named_parameters())
     if old.keys() != new.keys() or before.state_dict().keys() != after.state_dict().keys():
         raise Refused(f"strategy {owner}: replacing {edit.name!r} would change its parameter names")
-    moved = [
-        name for name, parameter in old.items() if parameter.requires_grad and new[name] is not parameter
-    ]
-    if moved:
-        raise Refused(
-            f"strategy {owner}: replacing {edit.name!r} would lose the trainable parameter {moved[0]!r}"
-        )
+    lost = [name for name, kept in old.items() if kept.requires_grad and new[name] is not kept]
+    if lost:
+        raise Refused(f"strategy {owner}: replacing {edit.name!r} would lose its trainable {lost[0]!r}")
 
 
 def _place(model: nn.Module, name: str, module: nn.Module) -> None:
@@ -186,9 +182,7 @@ def undo(model: nn.Module) -> None:
         if mark is None:
             continue
         if type(module).__bases__[-1] is not mark.before:
-            raise Refused(
-                f"{name or 'the model'} was changed again after its edit (sharded?): undo that first"
-            )
+            raise Refused(f"{name or 'the model'} was sharded or changed after its edit: undo that first")
         module.__class__ = mark.before
         for key in (WRAPPED, *mark.settings):
             del module.__dict__[key]

@@ -57,7 +57,7 @@ def edits(model: nn.Module) -> Iterator[Wrap]:
     for head in heads:
         if original_class(head) is not nn.Linear:
             raise Refused(
-                f"the output head is {_kind(head)}: only a plain nn.Linear head is exact (no LoRA on it)"
+                f"the output head is {_kind(head)}: only a plain nn.Linear is exact (take LoRA off the head)"
             )
     names = {id(module): name for name, module in model.named_modules()}
     settings = {"_ebbtide_identity": is_identity(model, outer, heads[0].out_features)}

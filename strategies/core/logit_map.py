@@ -18,8 +18,8 @@ from strategies.core.statistics import LogitMap
 
 
 class _Part(nn.Module):
-    """Stands for a backbone: it keeps its plain attributes, and whatever is asked of its output is None, except
-    for the hidden states."""
+    """Stands for a backbone: it keeps its plain attributes, and whatever is asked of its output is None,
+    except for the hidden states."""
 
     def __init__(self, real: nn.Module, hidden_1CD: Tensor) -> None:
         super().__init__()

@@ -1,8 +1,8 @@
 """Whether a model keeps the documents of a packed row apart, found out by running it.
 
 Transformers builds the mask between documents from `position_ids`, but not in every family, and layers with a
-recurrent state read straight across. Either would train on silently wrong gradients, so the first packed batch is
-preceded by a tiny forward: does a document's first neighbour change its log-probabilities?
+recurrent state read straight across. Either would train on silently wrong gradients, so the first packed
+batch is preceded by a tiny forward: does a document's first neighbour change its log-probabilities?
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ def is_packed(batch: Batch) -> bool:
 def refuse_leaks(step: Step, module: nn.Module, name: str, vocabulary: int, like: Batch) -> None:
     """Refused when the second of two packed documents sees the first; every rank calls it.
 
-    What is masked has weight zero, so models that keep documents apart differ by nothing here; the bound leaves
-    room for float32's rounding alone. Rows go one by one when the batches do: some attention kernels tell
-    documents apart in batches of one row only.
+    What is masked has weight zero, so models that keep documents apart differ by nothing here; the bound
+    leaves room for float32's rounding alone. Rows go one by one when the batches do: some attention kernels
+    tell documents apart in batches of one row only.
     """
     rows = _probe(vocabulary, like["input_ids"].device)
     modes = [(part, part.training) for part in module.modules()]

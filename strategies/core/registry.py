@@ -92,7 +92,7 @@ def _build(name: str, kind: type[Strategy], given: dict[str, Any]) -> Strategy:
         if key not in types:
             if not types:
                 raise UserError(f"strategy.{key}={value!r}: {name} has no fields")
-            raise choose(f"{name}'s field strategy.{key}", value, types)
+            raise choose(f"{name}'s field", key, types)
         given[key] = _typed(f"strategy.{key}", value, types[key], defaults[key])
     missing = [
         key for key, default in defaults.items() if default is dataclasses.MISSING and key not in given

@@ -1,7 +1,8 @@
 """What every strategy must hold, as functions of a factory of it; a failing check raises AssertionError.
 
-`CHECKS` is the suite: `test_contract.py` runs it on every strategy, and `test_wrong.py` shows that strategies which
-are wrong in small ways do not pass. Engines and later strategies reuse `gradients` and the cases of `reference`.
+`CHECKS` is the suite: `test_contract.py` runs it on every strategy, and `test_wrong.py` shows that strategies
+which are wrong in small ways do not pass. Engines and later strategies reuse `gradients` and the cases of
+`reference`.
 """
 
 from __future__ import annotations
@@ -28,7 +29,9 @@ KINDS = ("full", "tied", "lora")
 
 def tolerance(factory: Factory) -> float:
     """Relative, in float64."""
-    assert factory().fidelity is Fidelity.EXACT, "state here how a strategy that is not exact is held to its bound"
+    assert factory().fidelity is Fidelity.EXACT, (
+        "state here how a strategy that is not exact is held to its bound"
+    )
     return 1e-12
 
 
@@ -104,7 +107,8 @@ def grpo_loss(rows: list[Tensor], batch: Batch) -> Tensor:
 
 
 def keeps_names(factory: Factory) -> None:
-    """Parameters, buffers and state dict are the same tensors under the same names, before and after a step."""
+    """Parameters, buffers and state dict are the same tensors under the same names, before and after a
+    step."""
     for kind in KINDS:
         model = reference.tiny_model(kind)
         state, names = dict(model.state_dict()), [name for name, _ in model.named_parameters()]
@@ -118,7 +122,8 @@ def keeps_names(factory: Factory) -> None:
 
 
 def undoes(factory: Factory) -> None:
-    """After undo, modules are of the classes they were, hold what they held, and train as plain Transformers."""
+    """After undo, modules are of the classes they were, hold what they held, and train as plain
+    Transformers."""
     for kind in KINDS:
         model = reference.tiny_model(kind)
         before = [(id(m), type(m), sorted(vars(m))) for m in model.modules()]
@@ -219,8 +224,8 @@ def trains_in_any_loop(factory: Factory) -> None:
 
 
 def repeats_bitwise(factory: Factory) -> None:
-    """With dropout, the context alone decides: again is bitwise the same, another step is not, and the caller's
-    randomness goes on untouched."""
+    """With dropout, the context alone decides: again is bitwise the same, another step is not, and the
+    caller's randomness goes on untouched."""
     batches = reference.cases()["accumulation"]
     model = reference.tiny_model("full", dropout=0.3).train()
     step = strategies.prepare(model, [factory()])

@@ -1,7 +1,7 @@
 """The truth that strategies are held to: plain Transformers logits and torch autograd, in float64.
 
-Nothing here knows of chunks, heads or steps. Every document is run alone, without padding and without packing, so
-what leaks between documents or counts a token twice shows up as a difference.
+Nothing here knows of chunks, heads or steps. Every document is run alone, without padding and without
+packing, so what leaks between documents or counts a token twice shows up as a difference.
 """
 
 from __future__ import annotations
@@ -123,7 +123,8 @@ class Truth:
 
 
 def truth(model: nn.Module, batches: list[Batch], loss: Loss = sft, weight: float | None = None) -> Truth:
-    """Loss and gradients of (the sum over all micro-batches) / W; W counts learned tokens unless it is given."""
+    """Loss and gradients of (the sum over all micro-batches) / W; W counts learned tokens unless it is
+    given."""
     model.zero_grad(set_to_none=True)
     if weight is None:
         weight = sum(learned_in(row) for batch in batches for row in batch["labels"])
