@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from distrib.errors import UserError
+from distrib.errors import Refused, UserError
 from distrib.topology import Topology
 from launch.tokenizer import BYTE_VOCABULARY
 from strategies.core.edits import base_name
@@ -140,6 +140,22 @@ def _with_lora(recipe: Recipe, model: nn.Module, dtype: torch.dtype) -> nn.Modul
         if parameter.requires_grad and "lora_" in name:
             parameter.data = parameter.data.to(dtype)
     return adapted  # type: ignore[no-any-return]
+
+
+def refuse_packing(config: Any) -> None:
+    """What is known to carry a state from one packed document to the next; the rest is tried on the model itself."""
+    from transformers import AutoModelForCausalLM
+
+    mapping = AutoModelForCausalLM._model_mapping
+    kind = mapping[type(config)] if type(config) in mapping else None
+    layers = set(getattr(config, "layer_types", None) or ())
+    recurrent = sorted(layers - {"full_attention", "sliding_attention", "chunked_attention"})
+    if recurrent or getattr(kind, "_is_stateful", False):
+        names = ", ".join(recurrent) or "recurrent"
+        raise Refused(
+            f"packing=true: the {names} layers of {type(config).__name__} carry a state from one document into the "
+            "next; set packing=false"
+        )
 
 
 class Weights:

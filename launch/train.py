@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import math
 import platform
+import sys
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
@@ -19,6 +21,7 @@ from distrib import checkpoint
 from distrib.checkpoint import Progress, write_text
 from distrib.contracts import Engine
 from distrib.engines import Settings, make
+from distrib.engines import check as check_engine
 from distrib.errors import UserError
 from distrib.journal import read
 from distrib.loop import Loop, Plan, resume
@@ -28,9 +31,8 @@ from launch.console import Console
 from launch.data import Data, open_data
 from launch.evaluate import evaluator
 from launch.export import LOCK, write_folder
-from launch.models import Weights, build, load_config
+from launch.models import Weights, build, load_config, refuse_packing
 from launch.objectives import make_objective
-from launch.packing_check import check_packing, refuse_recurrent
 from launch.recipe_file import dump_recipe, global_batch, load_recipe
 from launch.reference import annotator
 from launch.tokenizer import load_tokenizer
@@ -50,11 +52,13 @@ def train(recipe: Recipe, topology: Topology) -> dict[str, Any]:
     """Train, or go on where the run in `output_dir` stopped; returns what `report.json` holds."""
     run = Path(recipe.output_dir)
     _check_folder(run, recipe)
+    chosen_checkpoint = _chosen_checkpoint(recipe)
     config = load_config(recipe)
+    check_engine(recipe.engine.name, _settings(recipe), topology)
     chosen = strategies.build([section.model_dump() for section in recipe.strategy])
-    strategies.check(chosen, config, topology)
+    strategies.check(chosen, config, topology, recipe.compile)
     if recipe.packing:
-        refuse_recurrent(config)
+        refuse_packing(config)
     objective = make_objective(recipe)
     tokenizer = load_tokenizer(recipe)
     data = open_data(recipe, tokenizer, topology)
@@ -65,9 +69,7 @@ def train(recipe: Recipe, topology: Topology) -> dict[str, Any]:
     weights = Weights(recipe, config, topology)
     engine = make(recipe.engine.name, model, weights.fill, topology, _settings(recipe))
     step = strategies.prepare(model, chosen, objective, engine)
-    if recipe.packing:
-        check_packing(step, engine)
-    progress = resume(run, engine, _chosen_checkpoint(recipe), plan.global_batch)
+    progress = resume(plan, engine, chosen_checkpoint)
 
     console = Console(plan.steps, progress.step) if topology.main else None
     annotate = annotator(recipe, config, engine, step)
@@ -108,8 +110,8 @@ def _check_folder(run: Path, recipe: Recipe) -> None:
             "with resume_from_checkpoint=true"
         )
     before, now = load_recipe(str(run / LOCK)).model_dump(), recipe.model_dump()
-    for key in now.keys() - MAY_CHANGE:
-        if before[key] != now[key]:
+    for key in now:
+        if key not in MAY_CHANGE and before[key] != now[key]:
             raise UserError(
                 f"output_dir={str(run)!r} holds the run of another recipe: {key} was {before[key]!r}, is "
                 f"{now[key]!r}; name another output_dir"
@@ -175,14 +177,15 @@ def _reporters(recipe: Recipe, run: Path, console: Console | None) -> Callable[[
         raise UserError(
             "report_to='tensorboard' needs the tensorboard package: pip install tensorboard"
         ) from None
-    writer = SummaryWriter(run / "tensorboard")
+    # The folder is the run's only from its first line on: a run that fails before leaves none behind.
+    open_writer = cache(lambda: SummaryWriter(run / "tensorboard"))
 
     def both(line: dict[str, Any]) -> None:
         console.log(line)
         for name, value in line.items():
             if isinstance(value, int | float) and name not in ("step", "time"):
-                writer.add_scalar(name, value, line["step"])
-        writer.flush()
+                open_writer().add_scalar(name, value, line["step"])
+        open_writer().flush()
 
     return both
 
@@ -190,10 +193,16 @@ def _reporters(recipe: Recipe, run: Path, console: Console | None) -> Callable[[
 def _finish(recipe: Recipe, config: Any, run: Path, engine: Engine, progress: Progress) -> dict[str, Any]:
     """Write `final/` and `report.json`, unless an earlier call has."""
     report = run / "report.json"
-    if report.exists():
-        known: dict[str, Any] = json.loads(report.read_text())
-        if known["step"] == progress.step:
-            return known
+    known = json.loads(report.read_text()) if report.exists() and (run / "final").exists() else {}
+    # A rank that reads late would otherwise see what rank 0 is about to write.
+    checkpoint.wait(engine)
+    if known.get("step") == progress.step:
+        if engine.topology.main:
+            print(
+                f"{run} is finished, with step {progress.step}: nothing to do; a larger max_steps goes on",
+                file=sys.stderr,
+            )
+        return dict(known)
     state = engine.full_state()
     result: dict[str, Any] = {}
     if engine.topology.main:

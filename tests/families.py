@@ -1,4 +1,4 @@
-"""Small random models of many families, as (configuration, tolerance); float64 where the family computes in it."""
+"""Small random models of many families: their configurations, and how exactly they can be compared."""
 
 from __future__ import annotations
 
@@ -45,6 +45,14 @@ DEEPSEEK = {
     "v_head_dim": 8,
     "num_key_value_heads": 4,
 }
+FALCON_H1 = {
+    "mamba_d_ssm": 64,
+    "mamba_n_heads": 4,
+    "mamba_d_head": 16,
+    "mamba_d_state": 8,
+    "mamba_chunk_size": 8,
+    "lm_head_multiplier": 0.5,
+}
 
 EXACT, OWN_CASTS = 1e-12, 1e-6
 FAMILIES: dict[str, tuple[dict[str, Any], float]] = {
@@ -66,6 +74,8 @@ FAMILIES: dict[str, tuple[dict[str, Any], float]] = {
     "gemma3_text": ({"head_dim": 8, "final_logit_softcapping": 2.0}, OWN_CASTS),
     "cohere": ({"logit_scale": 0.25}, OWN_CASTS),
     "deepseek_v3": (DEEPSEEK, OWN_CASTS),
+    "mamba": ({"state_size": 8, "time_step_rank": 4}, OWN_CASTS),
+    "falcon_h1": (FALCON_H1, OWN_CASTS),
 }
 
 

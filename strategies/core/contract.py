@@ -36,6 +36,8 @@ class Strategy:
     """
 
     fidelity: ClassVar[Fidelity] = Fidelity.EXACT
+    compiles: ClassVar[bool] = True
+    """Whether it is right with blocks that torch.compile compiled."""
 
     def check(self, config: Any, topology: Topology) -> None:
         """Raise Refused when this strategy cannot serve a model of this configuration; no weights exist

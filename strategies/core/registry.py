@@ -116,7 +116,9 @@ def _typed(key: str, value: Any, hint: Any, default: Any) -> Any:
         raise UserError(f"{key}={value!r}: must be {kind}{hint_line} ({error.errors()[0]['msg']})") from None
 
 
-def check(strategies: Sequence[Strategy], config: Any, topology: Topology) -> None:
+def check(
+    strategies: Sequence[Strategy], config: Any, topology: Topology, compile: bool = False
+) -> None:
     """Everything that can be refused without weights, by the strategies together and each alone."""
     if not strategies:
         raise UserError(f"strategy=[]: choose at least one of {', '.join(names())}")
@@ -129,4 +131,6 @@ def check(strategies: Sequence[Strategy], config: Any, topology: Topology) -> No
     if len(executors) > 1:
         raise Refused(f"strategies {' and '.join(executors)} each run the whole step: use one of them")
     for strategy in strategies:
+        if compile and not strategy.compiles:
+            raise Refused(f"compile=true with strategy {name_of(strategy)}: set compile=false")
         strategy.check(config, topology)

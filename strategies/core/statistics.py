@@ -16,8 +16,11 @@ from torch import Tensor, nn
 
 from strategies.core.objectives import Stats
 
-# Small enough to stay out of the way of activations, large enough for full-speed products.
-CHUNK_BYTES = 64 * 2**20
+# Small enough to stay out of the way of activations. Every chunk also passes once over the head's gradient, which
+# asks for more rows where products are fast.
+CHUNK_BYTES = 16 * 2**20
+LEAST_ROWS = {"cpu": 128, "cuda": 1024}
+SLAB_ROWS = 8192
 
 LogitMap = Callable[[Tensor], Tensor]
 """What the model does to the head's output [C, V]: softcap, scaling; row by row."""
@@ -71,7 +74,7 @@ class Chunk:
 def chunks(work: Work, hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None) -> Iterator[Chunk]:
     """Forward chunk by chunk. Two buffers serve all chunks: fresh pages cost as much as a pass over them."""
     count, vocabulary = work.tokens.position_n.shape[0], weight_VD.shape[0]
-    most = max(1, CHUNK_BYTES // (4 * vocabulary))
+    most = max(LEAST_ROWS[hidden_ND.device.type], CHUNK_BYTES // (4 * vocabulary))
     # Equal chunks: the last one would otherwise be a small, slow product.
     rows = -(-count // -(-count // most)) if count else 1
     logits_RV = hidden_ND.new_empty(rows, vocabulary, dtype=work.matmul_dtype)
@@ -164,10 +167,15 @@ class Gradients:
 
     def _add_product(self, gradient_CV: Tensor, hidden_CD: Tensor) -> None:
         assert self.weight_VD is not None
-        if gradient_CV.dtype != self.dtype and gradient_CV.is_cuda:
-            torch.addmm(self.weight_VD, gradient_CV.t(), hidden_CD, out_dtype=self.dtype, out=self.weight_VD)
-        else:
+        if gradient_CV.dtype == self.dtype or not gradient_CV.is_cuda:
             self.weight_VD.addmm_(gradient_CV.to(self.dtype).t(), hidden_CD.to(self.dtype))
+            return
+        # bfloat16 factors, float32 sums; in slabs, so that the products before they are added stay small.
+        slabs = zip(
+            torch.split(self.weight_VD, SLAB_ROWS), torch.split(gradient_CV, SLAB_ROWS, 1), strict=True
+        )
+        for weight_SD, gradient_CS in slabs:
+            weight_SD += torch.mm(gradient_CS.t(), hidden_CD, out_dtype=self.dtype)
 
     def like(self, inputs: tuple[Tensor, Tensor, Tensor | None]) -> list[Tensor | None]:
         """In the shapes and precisions of the inputs; the sums are handed over."""

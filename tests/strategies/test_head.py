@@ -61,12 +61,17 @@ class Everything:
         return (terms * stats.take(batch["factors"]) * stats.take_row(batch["advantages"])).sum()
 
 
+def set_chunk(monkeypatch, size_bytes):
+    monkeypatch.setattr(statistics, "CHUNK_BYTES", size_bytes)
+    monkeypatch.setattr(statistics, "LEAST_ROWS", {"cpu": 1, "cuda": 1})
+
+
 @pytest.mark.parametrize("family", ["llama", "gemma2", "phi", "gpt2"])
 @pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("separable", [False, True])
 @pytest.mark.parametrize("rows", [1, 5, 1000])
 def test_every_statistic_every_way_back(monkeypatch, family, frozen, separable, rows):
-    monkeypatch.setattr(statistics, "CHUNK_BYTES", rows * 4 * VOCABULARY)
+    set_chunk(monkeypatch, rows * 4 * VOCABULARY)
     model, reference = prepared(family)
     for each in (model, reference):
         for parameter in each.get_output_embeddings().parameters():
@@ -133,7 +138,7 @@ def test_label_smoothing_and_z_loss(smoothing, z_loss):
 
 def test_no_more_than_one_chunk_of_logits_is_alive(monkeypatch):
     vocabulary, rows = 5000, 4
-    monkeypatch.setattr(statistics, "CHUNK_BYTES", rows * 4 * vocabulary)
+    set_chunk(monkeypatch, rows * 4 * vocabulary)
     model, _ = prepared(vocab_size=vocabulary)
     alive, most = [], []
 
@@ -190,15 +195,35 @@ def test_bf16_is_as_close_to_float64_as_plain_bf16(way, autocast):
     assert error(model, exact) < 1.1 * error(plain, exact)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("way", ["fused", "unit rows", "recompute"])
+def test_bf16_on_an_accelerator_is_close_to_float64(way):
+    given = {name: value.cuda() for name, value in batch(rows=4, width=600).items()}
+    model, reference = prepared(max_position_embeddings=600, vocab_size=40000)
+    reference.cuda().lm_head.requires_grad_(way != "unit rows")
+    F.cross_entropy(*logits_and_targets(reference, given)).backward()
+    exact = {name: p.grad.clone() for name, p in reference.named_parameters() if p.grad is not None}
+    reference.zero_grad()
+    plain = reference.to(torch.bfloat16)
+    model.cuda().to(torch.bfloat16).lm_head.requires_grad_(way != "unit rows")
+    objective = SFT()
+    object.__setattr__(objective, "separable", way == "fused")
+    model(**given, objective=objective).loss.backward()
+    logits, targets = logits_and_targets(plain, given)
+    F.cross_entropy(logits.float(), targets).backward()
+    assert error(model, exact) < 1.1 * error(plain, exact)
+
+
 def test_many_bf16_chunks_add_up_in_float32(monkeypatch):
-    monkeypatch.setattr(statistics, "CHUNK_BYTES", 4 * VOCABULARY)
+    set_chunk(monkeypatch, 4 * VOCABULARY)
     given = batch(rows=8, width=64)
     model, _ = prepared()
     low = copy.deepcopy(model).to(torch.bfloat16)
     low(**given).loss.backward()
     one_chunk = copy.deepcopy(low)
     one_chunk.zero_grad()
-    monkeypatch.setattr(statistics, "CHUNK_BYTES", 2**26)
+    set_chunk(monkeypatch, 2**26)
     one_chunk(**given).loss.backward()
     found, wanted = low.lm_head.weight.grad.float(), one_chunk.lm_head.weight.grad.float()
     assert (found - wanted).norm() < 3e-3 * wanted.norm()

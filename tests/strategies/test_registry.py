@@ -121,7 +121,7 @@ def test_mistakes_are_one_line(elsewhere, sections, message):
 def test_a_name_in_both_places_is_refused(elsewhere):
     elsewhere.append(EntryPoint("plain", f"{__name__}:Chunked", registry.GROUP))
     with pytest.raises(
-        UserError, match="strategy='plain' is built in and also comes from .*:Chunked: rename"
+        UserError, match=r"strategy='plain' is built in and also comes from .*:Chunked: rename"
     ):
         strategies.get("plain")
 
