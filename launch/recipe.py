@@ -198,7 +198,7 @@ class Recipe(Section):
     gradient_accumulation_steps: Count = 1
     """Micro-batches of a step."""
     global_batch_size: Count | None = None
-    """Rows of a step over all ranks, in place of `gradient_accumulation_steps`."""
+    """Rows of a step over all ranks; `gradient_accumulation_steps` then follows."""
     max_steps: Count | None = None
     """Optimizer steps, in place of `num_train_epochs`."""
     num_train_epochs: Positive = 1.0
@@ -290,9 +290,4 @@ def _loop_rules(recipe: Recipe) -> None:
     if recipe.warmup_steps and recipe.warmup_ratio:
         raise UserError(
             f"warmup_steps={recipe.warmup_steps} and warmup_ratio={recipe.warmup_ratio}: give one of them"
-        )
-    if recipe.global_batch_size and recipe.gradient_accumulation_steps > 1:
-        raise UserError(
-            f"global_batch_size={recipe.global_batch_size} and "
-            f"gradient_accumulation_steps={recipe.gradient_accumulation_steps}: give one of them"
         )

@@ -55,6 +55,12 @@ def global_batch(recipe: Recipe, world: int) -> int:
     rows = recipe.global_batch_size
     if rows is None:
         return per_micro_batch * recipe.gradient_accumulation_steps
+    steps = recipe.gradient_accumulation_steps
+    if steps > 1 and rows != per_micro_batch * steps:
+        raise UserError(
+            f"global_batch_size={rows} with gradient_accumulation_steps={steps} and per_device_train_batch_size="
+            f"{recipe.per_device_train_batch_size} on {world} ranks, which make {per_micro_batch * steps}: give one"
+        )
     if rows % per_micro_batch:
         below = rows // per_micro_batch * per_micro_batch
         nearest = [str(choice) for choice in (below, below + per_micro_batch) if choice]

@@ -154,7 +154,6 @@ def test_traps_of_yaml_are_refused_with_their_line(tmp_path: Path, text: str | b
         ("eval_steps: 5", "eval_steps=5 without eval_dataset"),
         ("eval_samples: 5", "eval_samples=5 without eval_steps"),
         ("warmup_steps: 5\nwarmup_ratio: 0.1", "warmup_steps=5 and warmup_ratio=0.1: give one of them"),
-        ("global_batch_size: 8\ngradient_accumulation_steps: 2", "give one of them"),
         ("lora_dropout: 0.1", "lora_dropout=0.1 with lora_r=0"),
         ("strategy: [plain, plain]", "plain is listed twice"),
         ("optimizer: {name: adamw, momentum: 0.9}", "optimizer.momentum=0.9 with adamw"),
@@ -319,6 +318,7 @@ def test_a_data_path_is_looked_for_in_the_working_directory_then_beside_the_reci
         ({"per_device_train_batch_size": 2, "gradient_accumulation_steps": 3}, 4, 24),
         ({"per_device_train_batch_size": 2, "global_batch_size": 24}, 4, 24),
         ({"global_batch_size": 3}, 3, 3),
+        ({"global_batch_size": 8, "gradient_accumulation_steps": 4}, 2, 8),
     ],
 )
 def test_the_global_batch(fields: dict[str, int], world: int, rows: int) -> None:
@@ -329,6 +329,11 @@ def test_the_global_batch(fields: dict[str, int], world: int, rows: int) -> None
 def test_a_global_batch_that_does_not_divide_names_the_nearest(rows: int, choices: str) -> None:
     with pytest.raises(UserError, match=f"global_batch_size={rows} .* multiple of 4; {choices}$"):
         global_batch(Recipe(per_device_train_batch_size=2, global_batch_size=rows), 2)
+
+
+def test_a_global_batch_and_an_accumulation_that_disagree() -> None:
+    with pytest.raises(UserError, match=r"global_batch_size=8 .* on 1 ranks, which make 4: give one$"):
+        global_batch(Recipe(global_batch_size=8, gradient_accumulation_steps=4), 1)
 
 
 def test_the_schema_takes_what_the_loader_takes() -> None:
