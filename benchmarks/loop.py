@@ -1,12 +1,14 @@
 """Tokens per second and peak memory of `plain` against Hugging Face's Trainer: same model, rows, batch, optimizer.
 
     python benchmarks/loop.py [--shape 512x8] [--vocabulary 32000] [--length 1024] [--batch 1] [--repeats 7]
+    python benchmarks/loop.py --shape 8b --length 4096 --lora 16 --bf16      # on a GPU
 
 Each repeat starts two fresh processes, in alternating order, and compares them as a pair: machines drift. A step's
 time is from the end of one step to the end of the next, everything that either loop does included; the first steps
-are left out. Peak memory is what the process needs above its weights and gradients while it trains: on a CPU the
-kernel's high-water mark, which holds optimizer states as well, and the same less those states; on a GPU the
-allocator's.
+are left out. Peak memory is the kernel's high-water mark on a CPU, the allocator's on a GPU, from the start of
+training; it is given above weights and gradients with and without the two optimizer states, which both loops hold
+alike. MFU counts the products of the weights that are really made (a frozen weight has no gradient of its own) and
+causal attention; it needs a GPU whose peak is in `PEAK_FLOPS`.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from itertools import pairwise
 from pathlib import Path
 from statistics import median, quantiles
 from time import perf_counter
@@ -24,6 +27,16 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 WARM_UP_STEPS = 2
+PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
+LLAMA_8B = {
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "vocab_size": 128256,
+}
 
 
 def main() -> None:
@@ -36,8 +49,12 @@ def main() -> None:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", default="512x8", help="hidden size x layers (512x8)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--shape", default="512x8", help="hidden size x layers, or 8b (512x8)")
+    parser.add_argument("--lora", type=int, default=0, metavar="R")
+    parser.add_argument("--bf16", action="store_true")
     parser.add_argument("--vocabulary", type=int, default=32000)
     parser.add_argument("--length", type=int, default=1024)
     parser.add_argument("--batch", type=int, default=1)
@@ -73,7 +90,12 @@ def summary(options: argparse.Namespace, pairs: list[dict[str, dict[str, float]]
     import torch
     import transformers
 
+    absolute = ["peak_bytes", "loss_first"]
+    if torch.cuda.is_available():
+        absolute += ["tokens_per_s", "mfu"]
     return {
+        "lora": options.lora,
+        "bf16": options.bf16,
         "shape": options.shape,
         "vocabulary": options.vocabulary,
         "length": options.length,
@@ -82,9 +104,8 @@ def summary(options: argparse.Namespace, pairs: list[dict[str, dict[str, float]]
         "pairs": len(pairs),
         "tokens_per_s_ratio": ratio("tokens_per_s"),
         "peak_above_weights_and_gradients_ratio": ratio("peak_bytes"),
-        "peak_above_optimizer_states_too_ratio": ratio("activation_peak_bytes"),
-        "peak_mib": {side: round(median(p[side]["peak_bytes"] for p in pairs) / 2**20) for side in pairs[0]},
-        "loss_first": {side: pairs[0][side]["loss_first"] for side in pairs[0]},
+        "the_same_with_optimizer_states_ratio": ratio("peak_with_optimizer_bytes"),
+        **{key: {side: median(p[side][key] for p in pairs) for side in pairs[0]} for key in absolute},
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
@@ -102,9 +123,11 @@ def rows(options: argparse.Namespace) -> Any:
 def recipe(options: argparse.Namespace) -> Any:
     from launch.recipe import Recipe
 
-    hidden, layers = (int(part) for part in options.shape.split("x"))
-    return Recipe(
-        config_overrides={
+    if options.shape == "8b":
+        shape = LLAMA_8B
+    else:
+        hidden, layers = (int(part) for part in options.shape.split("x"))
+        shape = {
             "hidden_size": hidden,
             "intermediate_size": 3 * hidden,
             "num_hidden_layers": layers,
@@ -112,9 +135,9 @@ def recipe(options: argparse.Namespace) -> Any:
             "num_key_value_heads": hidden // 128,
             "head_dim": 64,
             "vocab_size": options.vocabulary,
-            "tie_word_embeddings": False,
         }
-    )
+    overrides = shape | {"tie_word_embeddings": False}
+    return Recipe(config_overrides=overrides, lora_r=options.lora, bf16=options.bf16)
 
 
 class Memory:
@@ -124,7 +147,8 @@ class Memory:
         import torch
 
         self.cuda = torch.cuda.is_available()
-        self.weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.gradients = sum(parameter.numel() * parameter.element_size() for parameter in trained)
         if self.cuda:
             torch.cuda.reset_peak_memory_stats()
             self.start = torch.cuda.memory_allocated()
@@ -133,21 +157,42 @@ class Memory:
             self.start = self._status("VmRSS")
 
     def _status(self, key: str) -> int:
-        line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
+        line = next(
+            line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key)
+        )
         return int(line.split()[1]) * 1024
 
     def figures(self) -> dict[str, int]:
         import torch
 
         peak = torch.cuda.max_memory_allocated() if self.cuda else self._status("VmHWM")
-        above = peak - self.start - self.weights
-        return {"peak_bytes": above, "activation_peak_bytes": above - 2 * self.weights}
+        above = peak - self.start - self.gradients
+        return {"peak_with_optimizer_bytes": above, "peak_bytes": above - 2 * self.gradients}
 
 
-def speed(options: argparse.Namespace, ends: list[float]) -> float:
-    """Median over the timed steps; `ends` are the times at which steps ended."""
-    times = [after - before for before, after in zip(ends, ends[1:], strict=False)][WARM_UP_STEPS - 1 :]
-    return options.batch * options.length / median(times)
+def figures(
+    options: argparse.Namespace, model: Any, ends: list[float], losses: list[float]
+) -> dict[str, Any]:
+    """Medians over the timed steps; `ends` are the times at which steps ended."""
+    times = [after - before for before, after in pairwise(ends)][WARM_UP_STEPS - 1 :]
+    rate = options.batch * options.length / median(times)
+    return {"tokens_per_s": rate, "mfu": mfu(options, model, rate), "loss_first": losses[0]}
+
+
+def mfu(options: argparse.Namespace, model: Any, tokens_per_s: float) -> float | None:
+    import torch
+
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    peak = next((value for key, value in PEAK_FLOPS.items() if key in name), None)
+    if peak is None:
+        return None
+    config = model.config
+    linears = [m.weight for m in model.modules() if isinstance(m, torch.nn.Linear)]
+    products = sum((6 if weight.requires_grad else 4) * weight.numel() for weight in linears)
+    # Two products of half a T x T square forward, twice that backward.
+    heads = config.num_attention_heads * config.head_dim * config.num_hidden_layers
+    attention = 6 * heads * options.length
+    return tokens_per_s * (products + attention) / peak
 
 
 def run_ebbtide(options: argparse.Namespace) -> dict[str, Any]:
@@ -168,7 +213,8 @@ def run_ebbtide(options: argparse.Namespace) -> dict[str, Any]:
     model = build(made_from, config)
     plain = [strategies.get("plain")()]
     strategies.edit(model, plain, topology)
-    engine = make("ddp", model, Weights(made_from, config, topology).fill, topology, Settings())
+    settings = Settings(bf16=options.bf16)
+    engine = make("ddp", model, Weights(made_from, config, topology).fill, topology, settings)
     step = strategies.prepare(model, plain, engine=engine)
 
     def window(start: int, stop: int) -> Window:
@@ -202,7 +248,7 @@ def run_ebbtide(options: argparse.Namespace) -> dict[str, Any]:
         loop = Loop(plan, engine, step, window, strategies.SFT().weight, _nothing, lambda index: {}, report)
         memory = Memory(model)
         loop.run(Progress())
-    return {"tokens_per_s": speed(options, ends), "loss_first": losses[0], **memory.figures()}
+    return figures(options, model, ends, losses) | memory.figures()
 
 
 def _nothing(*_: Any) -> None:
@@ -245,12 +291,13 @@ def run_trainer(options: argparse.Namespace) -> dict[str, Any]:
             disable_tqdm=True,
             use_cpu=not torch.cuda.is_available(),
             train_sampling_strategy="sequential",
+            bf16=options.bf16,
         )
         data = [{"input_ids": row, "labels": row} for row in tokens]
         trainer = Trainer(model=model, args=arguments, train_dataset=data, callbacks=[Clock()])
         memory = Memory(model)
         trainer.train()
-    return {"tokens_per_s": speed(options, ends), "loss_first": losses[0], **memory.figures()}
+    return figures(options, model, ends, losses) | memory.figures()
 
 
 if __name__ == "__main__":

@@ -18,3 +18,10 @@ torch.set_num_threads(1)
 def two_ranks() -> Iterator[Ranks]:
     with Ranks(2) as pool:
         yield pool
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="no CUDA device here"))

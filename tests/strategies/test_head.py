@@ -196,7 +196,6 @@ def test_bf16_is_as_close_to_float64_as_plain_bf16(way, autocast):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("way", ["fused", "unit rows", "recompute"])
 def test_bf16_on_an_accelerator_is_close_to_float64(way):
     given = {name: value.cuda() for name, value in batch(rows=4, width=600).items()}
