@@ -13,7 +13,7 @@ from distrib import checkpoint
 from distrib.engines import Settings, make
 from distrib.errors import UserError
 from distrib.topology import Topology
-from launch.models import Weights, build, load_config
+from launch.models import Weights, build, has_random_weights, load_config
 from launch.recipe_file import load_recipe
 from launch.tokenizer import load_tokenizer
 
@@ -77,8 +77,7 @@ def write_folder(recipe: Recipe, config: Any, state: dict[str, Tensor], folder: 
     draft = folder.with_name(f".{folder.name}.draft")
     shutil.rmtree(draft, ignore_errors=True)
     model: Any = build(recipe, config)
-    random_base = recipe.model_name_or_path in ("tiny", "small") or recipe.init == "random"
-    if recipe.lora_r and random_base:
+    if recipe.lora_r and has_random_weights(recipe):
         plain = recipe.model_copy(update={"lora_r": 0})
         base = build(plain, config, torch.bfloat16 if recipe.bf16 else torch.float32)
         weights = Weights(plain, config, Topology())

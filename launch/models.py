@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from distrib.errors import Refused, UserError
+from distrib.errors import Refused, UserError, choose
 from distrib.topology import Topology
 from launch.tokenizer import BYTE_VOCABULARY
 from strategies.core.edits import base_name
@@ -60,13 +60,10 @@ def load_config(recipe: Recipe) -> Any:
             config = AutoConfig.from_pretrained(where, **_hub(recipe))
         except (OSError, ValueError, KeyError) as error:
             raise UserError(
-                f"model_name_or_path={recipe.model_name_or_path!r}: {_first_line(error)}; choose "
+                f"model_name_or_path={recipe.model_name_or_path!r}: {_one_line(error)}; choose "
                 f"{', '.join(BUILT_IN)}, a folder with config.json, or a hub name"
             ) from None
-    for key, value in recipe.config_overrides.items():
-        if not hasattr(config, key):
-            raise UserError(f"config_overrides.{key}={value!r}: {type(config).__name__} has no such field")
-        setattr(config, key, value)
+    _override(config, recipe.config_overrides)
     if type(config) not in AutoModelForCausalLM._model_mapping and not recipe.trust_remote_code:
         raise UserError(
             f"model_name_or_path={recipe.model_name_or_path!r}: {type(config).__name__} is not a causal language "
@@ -76,6 +73,31 @@ def load_config(recipe: Recipe) -> Any:
     if longest and recipe.max_length > longest:
         raise UserError(f"max_length={recipe.max_length}: this model takes at most {longest} tokens")
     return config
+
+
+def _override(config: Any, changes: dict[str, Any]) -> None:
+    from huggingface_hub.errors import StrictDataclassError
+
+    for key, value in changes.items():
+        if not hasattr(config, key):
+            raise choose("config_overrides key", key, sorted(config.to_dict()))
+        try:
+            setattr(config, key, value)
+        except (ValueError, TypeError, StrictDataclassError) as error:
+            raise UserError(f"config_overrides.{key}={value!r}: {_one_line(error)}") from None
+    try:
+        # Saving checks the whole, and would be the last to say so.
+        config.validate()
+    except StrictDataclassError as error:
+        raise UserError(f"the model's configuration does not hold together: {_one_line(error)}") from None
+
+
+def check_vocabulary(config: Any, tokenizer: Any) -> None:
+    if len(tokenizer) > config.vocab_size:
+        raise UserError(
+            f"the tokenizer has {len(tokenizer)} tokens, the model's vocab_size={config.vocab_size}: take the "
+            "tokenizer that belongs to the model"
+        )
 
 
 def _local(name: str) -> str:
@@ -97,8 +119,8 @@ def _hub(recipe: Recipe) -> dict[str, Any]:
     return {"revision": recipe.model_revision or "main", "trust_remote_code": recipe.trust_remote_code}
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0][:200]
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
 
 
 def build(recipe: Recipe, config: Any, dtype: torch.dtype | None = None) -> nn.Module:
@@ -135,11 +157,15 @@ def _with_lora(recipe: Recipe, model: nn.Module, dtype: torch.dtype) -> nn.Modul
     try:
         adapted = get_peft_model(model, settings, low_cpu_mem_usage=True)
     except ValueError as error:
-        raise UserError(f"lora_target_modules={recipe.lora_target_modules!r}: {_first_line(error)}") from None
+        raise UserError(f"lora_target_modules={recipe.lora_target_modules!r}: {_one_line(error)}") from None
     for name, parameter in adapted.named_parameters():
         if parameter.requires_grad and "lora_" in name:
             parameter.data = parameter.data.to(dtype)
     return adapted  # type: ignore[no-any-return]
+
+
+def has_random_weights(recipe: Recipe) -> bool:
+    return recipe.model_name_or_path in BUILT_IN or recipe.init == "random"
 
 
 def refuse_packing(config: Any) -> None:
@@ -172,7 +198,7 @@ class Weights:
         self._blueprint = build(recipe.model_copy(update={"lora_r": 0}), config)
         self._files: dict[str, Path] = {}
         self._converted: Mapping[str, Tensor] | None = None
-        self._random = recipe.model_name_or_path in BUILT_IN or recipe.init == "random"
+        self._random = has_random_weights(recipe)
         if not self._random:
             self._open()
 
@@ -208,7 +234,7 @@ class Weights:
                 snapshot_download(where, revision=self._recipe.model_revision, allow_patterns=patterns)
             )
         except OSError as error:
-            raise UserError(f"model_name_or_path={where!r}: {_first_line(error)}") from None
+            raise UserError(f"model_name_or_path={where!r}: {_one_line(error)}") from None
 
     def _convert(self, folder: Path) -> None:
         from transformers import AutoModelForCausalLM

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import platform
 import sys
 from collections.abc import Callable
@@ -31,7 +32,7 @@ from launch.console import Console
 from launch.data import Data, open_data
 from launch.evaluate import evaluator
 from launch.export import LOCK, write_folder
-from launch.models import Weights, build, load_config, refuse_packing
+from launch.models import Weights, build, check_vocabulary, load_config, refuse_packing
 from launch.objectives import make_objective
 from launch.recipe_file import dump_recipe, global_batch, load_recipe
 from launch.reference import annotator
@@ -61,6 +62,7 @@ def train(recipe: Recipe, topology: Topology) -> dict[str, Any]:
         refuse_packing(config)
     objective = make_objective(recipe)
     tokenizer = load_tokenizer(recipe)
+    check_vocabulary(config, tokenizer)
     data = open_data(recipe, tokenizer, topology)
     plan = _plan(recipe, run, data, topology)
 
@@ -96,8 +98,9 @@ def train(recipe: Recipe, topology: Topology) -> dict[str, Any]:
 
 def _check_folder(run: Path, recipe: Recipe) -> None:
     """A folder belongs to one run: nothing in it is overwritten by another."""
-    if run.exists() and not run.is_dir():
-        raise UserError(f"output_dir={str(run)!r} is a file: name a folder")
+    nearest = next(folder for folder in (run, *run.parents) if folder.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        raise UserError(f"output_dir={str(run)!r}: cannot write below {nearest}; name another folder")
     if not run.exists() or not any(run.iterdir()):
         return
     if not (run / LOCK).exists():
