@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,6 +29,7 @@ class Progress:
     tokens: int = 0
     nonpad_tokens: int = 0
     loss_tokens: int = 0
+    rows: int = 0
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,16 @@ class Manifest:
 def checkpoints(run: Path) -> list[Path]:
     """Complete ones, oldest first."""
     found = [path for path in (run / "checkpoints").glob("step-*") if (path / MANIFEST).exists()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+    named = [path for path in found if re.fullmatch(r"step-\d+", path.name)]
+    return sorted(named, key=step_of)
+
+
+def exists(run: Path, step: int) -> bool:
+    return (run / "checkpoints" / f"step-{step}" / MANIFEST).exists()
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step-"))
 
 
 def read_manifest(checkpoint: Path) -> Manifest:
@@ -73,15 +84,16 @@ def save(run: Path, engine: Engine, manifest: Manifest, keep: int | None) -> Pat
     return final
 
 
-def load(checkpoint: Path, engine: Engine) -> Manifest:
-    manifest = read_manifest(checkpoint)
-    if manifest.engine != engine.name:
-        raise UserError(
-            f"engine.name={engine.name!r}: {checkpoint} was written by {manifest.engine!r}; use that engine, "
-            "or start from its export"
-        )
-    engine.load(checkpoint / "engine")
-    return manifest
+def drop_after(run: Path, step: int) -> None:
+    """Remove the checkpoints of steps that are about to be trained again, and what kills have left half written.
+
+    They belong to a course that the run has left; kept, the next start would go on from them.
+    """
+    for left in (run / "checkpoints").glob(".step-*.draft"):
+        shutil.rmtree(left)
+    for later in checkpoints(run):
+        if step_of(later) > step:
+            shutil.rmtree(later)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -83,10 +83,14 @@ class Loop:
         self.evaluate = evaluate
         self.report = report
         self._stop = False
+        self._saved: int | None = None
 
     def run(self, progress: Progress) -> Progress:
         """From `progress` to the plan's last step; raises Interrupted after a checkpoint when told to stop."""
         names = ("metrics", "samples", "evaluations") if self.topology.main else ()
+        if self.topology.main:
+            checkpoint.drop_after(self.plan.run, progress.step)
+        self._saved = progress.step if checkpoint.exists(self.plan.run, progress.step) else None
         self._journals = {name: Journal(self.plan.run / f"{name}.jsonl", progress.step) for name in names}
         handlers = {kind: signal.signal(kind, self._ask_to_stop) for kind in (signal.SIGTERM, signal.SIGINT)}
         try:
@@ -100,7 +104,8 @@ class Loop:
         return progress
 
     def _ask_to_stop(self, kind: int, frame: FrameType | None) -> None:
-        if self._stop:
+        # Launchers may pass SIGTERM on more than once; only a person's second Ctrl-C means at once.
+        if self._stop and kind == signal.SIGINT:
             raise KeyboardInterrupt
         self._stop = True
 
@@ -145,12 +150,16 @@ class Loop:
         if not math.isfinite(loss):
             raise NotFinite(f"step {index + 1}: the loss is {loss}; the newest checkpoint is untouched")
         rate = plan.schedule(index)
-        norm = self.engine.step(rate, plan.max_grad_norm or None)
+        try:
+            norm = self.engine.step(rate, plan.max_grad_norm or None)
+        except NotFinite as error:
+            raise NotFinite(f"step {index + 1}: {error}; the newest checkpoint is untouched") from None
         progress = Progress(
             index + 1,
             progress.tokens + totals.tokens,
             progress.nonpad_tokens + totals.nonpad_tokens,
             progress.loss_tokens + totals.loss_tokens,
+            stop,
         )
         self._journal(progress, totals, loss, norm, rate, time.perf_counter() - begin)
         self._now_and_then(progress)
@@ -195,8 +204,12 @@ class Loop:
             self._save(progress)
 
     def _save(self, progress: Progress) -> None:
+        # Before the first step there is nothing to save, and torch would save the optimizer as if it had made one.
+        if progress.step in (0, self._saved):
+            return
         manifest = Manifest(progress, self.topology.world, self.engine.name, self.plan.global_batch)
         checkpoint.save(self.plan.run, self.engine, manifest, self.plan.save_total_limit)
+        self._saved = progress.step
 
     def _totals(self, window: Window) -> Totals:
         """One exchange before the first backward: W, the counts, the sample ids, and whether anyone should stop."""
@@ -235,16 +248,32 @@ class Loop:
         ]
 
 
-def resume(run: Path, engine: Engine, chosen: Path | None, global_batch: int) -> Progress:
+def resume(plan: Plan, engine: Engine, chosen: Path | None) -> Progress:
     """Load `chosen`, or the newest checkpoint of the run; a fresh start when there is none."""
-    found = checkpoint.checkpoints(run)
+    found = checkpoint.checkpoints(plan.run)
     source = chosen or (found[-1] if found else None)
     if source is None:
         return Progress()
-    manifest = checkpoint.load(source, engine)
-    if manifest.global_batch != global_batch:
+    manifest = checkpoint.read_manifest(source)
+    _check_fit(plan, engine, source, manifest)
+    engine.load(source / "engine")
+    return manifest.progress
+
+
+def _check_fit(plan: Plan, engine: Engine, source: Path, manifest: Manifest) -> None:
+    done = manifest.progress
+    if manifest.engine != engine.name:
         raise UserError(
-            f"the global batch is {global_batch} rows, {source} was trained with {manifest.global_batch}: the same "
-            "rows would come again or never; set global_batch_size"
+            f"engine.name={engine.name!r}: {source} was written by {manifest.engine!r}; use that engine, "
+            "or start from its export"
         )
-    return replace(manifest.progress)
+    if manifest.global_batch != plan.global_batch:
+        raise UserError(
+            f"the global batch is {plan.global_batch} rows, {source} was trained with {manifest.global_batch}: the "
+            "same rows would come again or never; set global_batch_size"
+        )
+    if done.rows < done.step * plan.global_batch and done.step < plan.steps:
+        raise UserError(
+            f"step {done.step} of {source} ended with the data, after {done.rows} rows: the next step would leave "
+            "out the rows up to a whole batch; set resume_from_checkpoint to an earlier one, or another output_dir"
+        )

@@ -26,12 +26,14 @@ class OptimizerSpec:
     momentum: float = 0.0
     weight_decay: float = 0.0
 
-    def build(self, named_parameters: Iterable[tuple[str, nn.Parameter]], sharded: bool) -> Optimizer:
+    def check(self, sharded: bool) -> None:
         if sharded and self.name not in ELEMENTWISE:
             raise Refused(
                 f"optimizer.name={self.name!r} looks at whole matrices, which a sharding engine splits: "
                 f"choose {', '.join(sorted(ELEMENTWISE))}, or engine ddp"
             )
+
+    def build(self, named_parameters: Iterable[tuple[str, nn.Parameter]]) -> Optimizer:
         trainable = [parameter for _, parameter in named_parameters if parameter.requires_grad]
         # ZeRO-3 leaves an empty tensor behind and the shape beside it.
         dimensions = [len(getattr(parameter, "ds_shape", parameter.shape)) for parameter in trainable]

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 
 from distrib.contracts import Batch, Context, Engine, Step, evaluating
-from launch.data import Data, open_data
+from launch.data import Data
 from launch.data.rows import Row
 from launch.reference import Annotate
 from strategies.core.head import find_tokens
@@ -25,12 +25,17 @@ PROMPT_TOKENS = 32
 
 
 def evaluator(
-    recipe: Recipe, tokenizer: Any, engine: Engine, step: Step, objective: Objective, annotate: Annotate
+    recipe: Recipe,
+    tokenizer: Any,
+    data: Data | None,
+    engine: Engine,
+    step: Step,
+    objective: Objective,
+    annotate: Annotate,
 ) -> Callable[[int], dict[str, Any]]:
     """What the loop calls every `eval_steps`. Label smoothing and z-loss shape training and are left out here."""
-    if not recipe.eval_steps:
+    if data is None:
         return lambda index: {}
-    data = open_data(recipe, tokenizer, engine.topology, evaluation=True)
     measured = SFT() if isinstance(objective, SFT) else objective
 
     def evaluate(index: int) -> dict[str, Any]:
@@ -77,7 +82,8 @@ def _texts(recipe: Recipe, tokenizer: Any, engine: Engine, data: Data) -> list[s
     """Greedy continuations of the first rows' beginnings. Every rank takes part, as sharded weights need."""
     texts = []
     model: Any = engine.model
-    with torch.no_grad():
+    # Compiled code would be made anew for a cache that grows with every token.
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
         for _, row in data.fetch(0, min(recipe.eval_samples, data.rows or 0)):
             prompt = torch.as_tensor(_prompt(row))[None].to(engine.topology.device)
             with engine.micro_batch(last=True):

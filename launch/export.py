@@ -76,7 +76,7 @@ def write_folder(recipe: Recipe, config: Any, state: dict[str, Tensor], folder: 
     logging.disable_progress_bar()
     draft = folder.with_name(f".{folder.name}.draft")
     shutil.rmtree(draft, ignore_errors=True)
-    model: Any = build(recipe, config)
+    model: Any = build(recipe, config, next(iter(state.values())).dtype)
     if recipe.lora_r and has_random_weights(recipe):
         plain = recipe.model_copy(update={"lora_r": 0})
         base = build(plain, config, torch.bfloat16 if recipe.bf16 else torch.float32)
@@ -85,7 +85,9 @@ def write_folder(recipe: Recipe, config: Any, state: dict[str, Tensor], folder: 
         write_folder(plain, config, filled.full_state(), draft / "base")
         model.peft_config["default"].base_model_name_or_path = str((folder / "base").resolve())
     model.config.use_cache = True
-    model.save_pretrained(draft, state_dict=dict(state))
+    # PEFT would ask the hub whether the vocabulary grew, and save the embeddings if in doubt.
+    adapter = {"save_embedding_layers": False} if recipe.lora_r else {}
+    model.save_pretrained(draft, state_dict=dict(state), **adapter)
     load_tokenizer(recipe).save_pretrained(draft)
     if folder.exists():
         shutil.rmtree(folder)

@@ -64,6 +64,11 @@ def load_config(recipe: Recipe) -> Any:
                 f"{', '.join(BUILT_IN)}, a folder with config.json, or a hub name"
             ) from None
     _override(config, recipe.config_overrides)
+    if getattr(config, "quantization_config", None):
+        raise Refused(
+            f"model_name_or_path={recipe.model_name_or_path!r} holds quantized weights: training starts from the "
+            "original ones; name the model that it was made from"
+        )
     if type(config) not in AutoModelForCausalLM._model_mapping and not recipe.trust_remote_code:
         raise UserError(
             f"model_name_or_path={recipe.model_name_or_path!r}: {type(config).__name__} is not a causal language "
@@ -115,6 +120,12 @@ def _local(name: str) -> str:
     return name
 
 
+def _absolute(name: str) -> str:
+    """What an adapter remembers of its model: a folder is found from anywhere."""
+    path = Path(name).expanduser()
+    return str(path.resolve()) if path.is_dir() else name
+
+
 def _hub(recipe: Recipe) -> dict[str, Any]:
     return {"revision": recipe.model_revision or "main", "trust_remote_code": recipe.trust_remote_code}
 
@@ -140,7 +151,7 @@ def build(recipe: Recipe, config: Any, dtype: torch.dtype | None = None) -> nn.M
         )
     model.tie_weights()
     model.config.use_cache = False
-    model.name_or_path = recipe.model_name_or_path
+    model.name_or_path = _absolute(recipe.model_name_or_path)
     return _with_lora(recipe, model, dtype or torch.float32) if frozen else model
 
 
@@ -197,6 +208,7 @@ class Weights:
         self._topology = topology
         self._blueprint = build(recipe.model_copy(update={"lora_r": 0}), config)
         self._files: dict[str, Path] = {}
+        self._buffers: set[str] = set()
         self._converted: Mapping[str, Tensor] | None = None
         self._random = has_random_weights(recipe)
         if not self._random:
@@ -205,22 +217,31 @@ class Weights:
     def _open(self) -> None:
         folder = self._download()
         index = folder / "model.safetensors.index.json"
-        if index.exists():
-            shards = json.loads(index.read_text())["weight_map"]
-            self._files = {name: folder / file for name, file in shards.items()}
-        elif (folder / "model.safetensors").exists():
-            from safetensors import safe_open
-
-            with safe_open(folder / "model.safetensors", "pt") as file:
-                self._files = dict.fromkeys(file.keys(), folder / "model.safetensors")
-        else:
-            raise UserError(
-                f"model_name_or_path={self._recipe.model_name_or_path!r} holds no safetensors weights: "
-                "give a folder with model.safetensors, or `init: random`"
-            )
+        shards = json.loads(index.read_text())["weight_map"] if index.exists() else {}
+        names = sorted(set(shards.values())) or ["model.safetensors"]
+        for file in (folder / name for name in names):
+            self._files |= dict.fromkeys(self._tensors(file), file)
         needed = {name for name, _ in self._blueprint.named_parameters()}
-        if not needed <= self._files.keys():
+        buffers = {name for name, _ in self._blueprint.named_buffers()} & self._blueprint.state_dict().keys()
+        if needed <= self._files.keys():
+            self._buffers = buffers & self._files.keys()
+        else:
             self._convert(folder)
+            self._buffers = buffers
+
+    def _tensors(self, file: Path) -> list[str]:
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(file, "pt") as tensors:
+                return list(tensors.keys())
+        except FileNotFoundError:
+            raise UserError(
+                f"model_name_or_path={self._recipe.model_name_or_path!r} has no {file.name}: give a folder with its "
+                "weights as safetensors, or `init: random`"
+            ) from None
+        except SafetensorError as error:
+            raise UserError(f"{file} cannot be read: {_one_line(error)}") from None
 
     def _download(self) -> Path:
         where = _local(self._recipe.model_name_or_path)
@@ -241,8 +262,15 @@ class Weights:
 
         if self._topology.main:
             model, report = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=torch.float32, output_loading_info=True, **_hub(self._recipe)
+                folder,
+                config=self._blueprint.config,
+                dtype=torch.float32,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                **_hub(self._recipe),
             )
+            for name, saved, wanted in sorted(report["mismatched_keys"]):
+                raise self._misshapen(name, saved, wanted)
             if report["missing_keys"]:
                 raise UserError(
                     f"model_name_or_path={self._recipe.model_name_or_path!r} lacks {len(report['missing_keys'])} "
@@ -268,7 +296,7 @@ class Weights:
             for owner, leaf in owners[id(old)]:
                 owner._parameters[leaf] = new
         for name, buffer in unit.named_buffers(prefix=unit_name):
-            if base_name(name) in self._files:
+            if base_name(name) in self._buffers:
                 buffer.copy_(self._read(base_name(name), buffer))
 
     def _draw(self, unit_name: str) -> dict[str, Tensor]:
@@ -293,11 +321,14 @@ class Weights:
         else:
             value = self._broadcast(name, like)
         if value.shape != like.shape:
-            raise UserError(
-                f"model_name_or_path={self._recipe.model_name_or_path!r}: {name} has shape {tuple(value.shape)}, "
-                f"the configuration wants {tuple(like.shape)}"
-            )
+            raise self._misshapen(name, value.shape, like.shape)
         return value
+
+    def _misshapen(self, name: str, saved: torch.Size, wanted: torch.Size) -> UserError:
+        return UserError(
+            f"model_name_or_path={self._recipe.model_name_or_path!r}: {name} has shape {tuple(saved)}, the "
+            f"configuration wants {tuple(wanted)}"
+        )
 
     def _broadcast(self, name: str, like: Tensor) -> Tensor:
         assert self._converted is not None
@@ -306,7 +337,7 @@ class Weights:
         import torch.distributed as dist
 
         value = self._converted[name].data if self._topology.main else torch.empty(like.shape)
-        value = value.to(self._topology.device)
+        value = value.to(self._topology.device, like.dtype)
         dist.broadcast(value, src=0)
         return value.cpu()
 

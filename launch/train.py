@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from functools import cache
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -53,6 +54,8 @@ def train(recipe: Recipe, topology: Topology) -> dict[str, Any]:
     """Train, or go on where the run in `output_dir` stopped; returns what `report.json` holds."""
     run = Path(recipe.output_dir)
     _check_folder(run, recipe)
+    if recipe.report_to == "tensorboard" and not find_spec("tensorboard"):
+        raise UserError("report_to='tensorboard' needs the tensorboard package: pip install tensorboard")
     chosen_checkpoint = _chosen_checkpoint(recipe)
     config = load_config(recipe)
     check_engine(recipe.engine.name, _settings(recipe), topology)
@@ -63,8 +66,10 @@ def train(recipe: Recipe, topology: Topology) -> dict[str, Any]:
     objective = make_objective(recipe)
     tokenizer = load_tokenizer(recipe)
     check_vocabulary(config, tokenizer)
+    size = global_batch(recipe, topology.world)
     data = open_data(recipe, tokenizer, topology)
-    plan = _plan(recipe, run, data, topology)
+    held_out = open_data(recipe, tokenizer, topology, evaluation=True) if recipe.eval_steps else None
+    plan = _plan(recipe, run, data, size)
 
     model = build(recipe, config)
     strategies.edit(model, chosen, topology)
@@ -84,7 +89,7 @@ def train(recipe: Recipe, topology: Topology) -> dict[str, Any]:
         ),
         weight=objective.weight,
         annotate=annotate,
-        evaluate=evaluator(recipe, tokenizer, engine, step, objective, annotate),
+        evaluate=evaluator(recipe, tokenizer, held_out, engine, step, objective, annotate),
         report=_reporters(recipe, run, console),
     )
     if progress.step < plan.steps:
@@ -135,8 +140,7 @@ def _settings(recipe: Recipe) -> Settings:
     return Settings(spec, recipe.bf16, recipe.compile, engine.stage, engine.offload)
 
 
-def _plan(recipe: Recipe, run: Path, data: Data, topology: Topology) -> Plan:
-    size = global_batch(recipe, topology.world)
+def _plan(recipe: Recipe, run: Path, data: Data, size: int) -> Plan:
     rows = None
     if recipe.max_steps is None:
         assert data.rows is not None
@@ -174,12 +178,8 @@ def _reporters(recipe: Recipe, run: Path, console: Console | None) -> Callable[[
         return lambda line: None
     if recipe.report_to == "none":
         return console.log
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise UserError(
-            "report_to='tensorboard' needs the tensorboard package: pip install tensorboard"
-        ) from None
+    from torch.utils.tensorboard import SummaryWriter
+
     # The folder is the run's only from its first line on: a run that fails before leaves none behind.
     open_writer = cache(lambda: SummaryWriter(run / "tensorboard"))
 

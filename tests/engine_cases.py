@@ -60,7 +60,7 @@ class TrainedAdapter(Weights):
 
 
 def make_engine(
-    topology: Topology, made_from: Recipe, dtype: torch.dtype, strategy: str = "plain"
+    topology: Topology, made_from: Recipe, dtype: torch.dtype | None, strategy: str = "plain"
 ) -> tuple[Engine, strategies.Prepared]:
     config = load_config(made_from)
     model = build(made_from, config, dtype)

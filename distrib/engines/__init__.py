@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import nn
 
 from distrib.contracts import Engine
-from distrib.errors import choose
+from distrib.errors import Refused, choose
 from distrib.optim import OptimizerSpec
 from distrib.topology import Topology
 
@@ -27,6 +29,34 @@ class Settings:
     compile: bool = False
     stage: int = 2
     offload: bool = False
+
+
+def check(name: str, settings: Settings, topology: Topology) -> None:
+    """Refuse what an engine cannot do with these settings, before anything is built."""
+    if name not in NAMES:
+        raise choose("engine.name", name, NAMES)
+    if settings.optimizer:
+        settings.optimizer.check(sharded=name != "ddp")
+        if name == "zero" and settings.optimizer.name == "adagrad":
+            raise Refused(
+                "optimizer.name='adagrad' with engine.name='zero': DeepSpeed cannot take its groups; choose adamw, or "
+                "engine ddp or fsdp2"
+            )
+    if settings.compile and name == "zero":
+        raise Refused("compile=true with engine.name='zero': choose ddp or fsdp2, or compile=false")
+    if settings.compile:
+        _check_compiler(topology.device_type)
+
+
+def _check_compiler(device_type: str) -> None:
+    """torch.compile builds with a host compiler, and would say so in a page of text in the first step."""
+    variable, known = ("CC", ("gcc", "clang", "cc")) if device_type == "cuda" else ("CXX", ("g++", "clang++"))
+    given = os.environ.get(variable)
+    if not any(shutil.which(compiler) for compiler in ([given] if given else known)):
+        raise Refused(
+            f"compile=true without a compiler ({variable}={given!r}): install {known[0]}, set {variable}, or set "
+            "compile=false"
+        )
 
 
 def make(name: str, model: nn.Module, fill: Fill, topology: Topology, settings: Settings) -> Engine:

@@ -21,8 +21,9 @@ class DDP(TorchEngine):
     name = "ddp"
 
     def _place(self, fill: Fill) -> nn.Module:
-        for name, _ in units(self.model):
+        for name, unit in units(self.model):
             fill(self.model, name)
+            unit.to(self.topology.device)
         self.model.to(self.topology.device)
         if self.topology.world == 1 or self.settings.optimizer is None:
             return self.model

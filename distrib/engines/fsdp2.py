@@ -21,7 +21,6 @@ from distrib.units import blocks, units
 
 class FSDP2(TorchEngine):
     name = "fsdp2"
-    sharded = True
 
     def _place(self, fill: Fill) -> nn.Module:
         ensure_group(self.topology)

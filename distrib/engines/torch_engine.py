@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,9 +15,11 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from distrib.engines import Fill, Settings
-from distrib.errors import NotFinite
+from distrib.errors import NotFinite, UserError
 from distrib.topology import Topology
 from distrib.units import blocks
+
+RECOMPILE_LIMIT = 64
 
 
 class TorchEngine:
@@ -24,7 +27,6 @@ class TorchEngine:
     exchange gradients."""
 
     name: str
-    sharded = False
 
     def __init__(self, model: nn.Module, fill: Fill, topology: Topology, settings: Settings) -> None:
         self.model = model
@@ -32,11 +34,10 @@ class TorchEngine:
         self.settings = settings
         self.module = self._place(fill)
         if settings.compile:
-            for _, block in blocks(model):
-                block.compile()
+            _compile_blocks(model)
         self.optimizer = None
         if settings.optimizer:
-            self.optimizer = settings.optimizer.build(model.named_parameters(), self.sharded)
+            self.optimizer = settings.optimizer.build(model.named_parameters())
 
     def _place(self, fill: Fill) -> nn.Module:
         """Fill the model's units, put them on the device, and return what a step calls."""
@@ -108,10 +109,12 @@ class TorchEngine:
     def save(self, folder: Path) -> None:
         import torch.distributed.checkpoint as dcp
 
-        dcp.save(self._state(), checkpoint_id=str(folder))
+        with _without_a_group():
+            dcp.save(self._state(), checkpoint_id=str(folder))
 
     def load(self, folder: Path) -> None:
-        """What a checkpoint holds of this engine's state: frozen weights are not in it."""
+        """All of this engine's state; without an optimizer what a checkpoint has of the weights, since frozen ones
+        are not in it."""
         import torch.distributed.checkpoint as dcp
         from torch.distributed.checkpoint.state_dict import (
             StateDictOptions,
@@ -120,7 +123,11 @@ class TorchEngine:
         )
 
         state = self._state()
-        dcp.load(state, checkpoint_id=str(folder), planner=dcp.DefaultLoadPlanner(allow_partial_load=True))
+        if self.optimizer:
+            _check_same(state["model"], folder)
+        planner = dcp.DefaultLoadPlanner(allow_partial_load=self.optimizer is None)
+        with _without_a_group():
+            dcp.load(state, checkpoint_id=str(folder), planner=planner)
         options = StateDictOptions(strict=False)
         set_model_state_dict(self.model, state["model"], options=options)
         if self.optimizer:
@@ -137,3 +144,38 @@ class TorchEngine:
             if self.topology.main:
                 state[name] = full.cpu()
         return state
+
+
+def _check_same(weights: dict[str, Tensor], folder: Path) -> None:
+    from torch.distributed.checkpoint import FileSystemReader
+
+    saved = FileSystemReader(str(folder)).read_metadata().state_dict_metadata
+    for name, tensor in weights.items():
+        size = getattr(saved.get(f"model.{name}"), "size", None)
+        if size != tensor.shape:
+            was = "absent" if size is None else f"{tuple(size)}"
+            raise UserError(
+                f"{folder.parent} does not hold what this recipe trains: {name} is {was} there, here "
+                f"{tuple(tensor.shape)}; name a checkpoint of the same model"
+            )
+
+
+@contextmanager
+def _without_a_group() -> Iterator[None]:
+    """A single process without a process group is no news."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
+        yield
+
+
+def _compile_blocks(model: nn.Module) -> None:
+    """Each block by itself: alike ones share their code, and what is around them (gathering, the head) stays as it
+    is."""
+    # One code object serves all blocks in all modes (with and without gradients, masks, adapters): after torch's
+    # limit of 8 versions, the rest would run uncompiled.
+    config = torch._dynamo.config
+    config.recompile_limit = max(config.recompile_limit, RECOMPILE_LIMIT)
+    for _, block in blocks(model):
+        # For any length from the start: code that depends on the lengths seen before would round differently in a
+        # resumed run.
+        block.compile(dynamic=True)

@@ -1,6 +1,6 @@
 """DeepSpeed ZeRO, stages 1 to 3, with optional offload of optimizer states (and stage 3's weights) to host memory.
 
-bf16: DeepSpeed keeps fp32 master weights beside bf16 ones and accumulates gradients in fp32.
+bf16: DeepSpeed keeps fp32 master weights beside bf16 ones, from which they begin, and accumulates gradients in fp32.
 Checkpoints are DeepSpeed's own; another number of ranks reads them through its universal form.
 """
 
@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from distrib.engines import Fill, Settings
-from distrib.errors import NotFinite, Refused
+from distrib.errors import NotFinite
 from distrib.topology import Topology, ensure_group
 from distrib.units import blocks, units
 
@@ -32,8 +32,6 @@ class Zero:
     name = "zero"
 
     def __init__(self, model: nn.Module, fill: Fill, topology: Topology, settings: Settings) -> None:
-        if settings.compile:
-            raise Refused("compile=true with engine.name='zero': choose ddp or fsdp2, or compile=false")
         ensure_group(topology)
         deepspeed = _import_deepspeed()
         self.model = model
@@ -43,7 +41,7 @@ class Zero:
         _place(deepspeed, model, fill, topology, settings, config)
         optimizer = None
         if settings.optimizer:
-            optimizer = settings.optimizer.build(model.named_parameters(), sharded=True)
+            optimizer = settings.optimizer.build(model.named_parameters())
         elif settings.stage < 3:
             self.module: Any = model
             return
@@ -158,11 +156,35 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     """The trained fp32 weights of a checkpoint, whole, without an engine."""
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
+    shards = [torch.load(path, weights_only=False, mmap=True) for path in _by_rank(folder / TAG)]
+    if "zero_stage" not in shards[0]["optimizer_state_dict"]:
+        return _join_slices(folder / TAG, [shard["optimizer_state_dict"] for shard in shards])
     with contextlib.redirect_stdout(None):
         state: dict[str, Tensor] = get_fp32_state_dict_from_zero_checkpoint(
             str(folder), tag=TAG, exclude_frozen_parameters=True
         )
     return state
+
+
+def _by_rank(folder: Path) -> list[Path]:
+    return sorted(
+        folder.glob("*zero_pp_rank_*optim_states.pt"),
+        key=lambda path: int(path.name.partition("pp_rank_")[2].partition("_")[0]),
+    )
+
+
+def _join_slices(folder: Path, shards: list[dict[str, Any]]) -> dict[str, Tensor]:
+    """Stage 1 in bf16 has an optimizer of its own in DeepSpeed, whose checkpoints its own tool does not read: each
+    rank has, of each parameter, the slice that falls into its part of the flat fp32 weights."""
+    slices: dict[str, list[Tensor]] = {}
+    for shard in shards:
+        flat_groups, mappings = shard["single_partition_of_fp32_groups"], shard["param_slice_mappings"]
+        for flat, mapping in zip(flat_groups, mappings, strict=True):
+            for name, part in mapping.items():
+                slices.setdefault(name, []).append(flat.detach().narrow(0, part.start, part.numel))
+    (weights,) = folder.glob("mp_rank_*_model_states.pt")
+    shapes = torch.load(weights, weights_only=False, mmap=True)["param_shapes"]
+    return {name: torch.cat(slices[name]).view(shape) for group in shapes for name, shape in group.items()}
 
 
 def _import_deepspeed() -> Any:

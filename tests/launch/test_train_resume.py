@@ -1,0 +1,184 @@
+"""A run that was killed or stopped goes on as if nothing had happened: real processes, really killed."""
+
+from __future__ import annotations
+
+import signal
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from train_cases import ENGINES, contents, exact, lines, recipe, run, trained
+
+STEPS, SAVED, KILLED = 9, 4, 6
+MODELS: dict[str, dict[str, Any]] = {
+    "full": {"config_overrides": {"attention_dropout": 0.2}},
+    "lora": {"lora_r": 4, "lora_dropout": 0.2},
+    "bf16": {"bf16": True, "lora_r": 4, "lora_dropout": 0.2},
+}
+CASES = [(engine, world, "full") for engine in ENGINES for world in (1, 2)]
+CASES += [(engine, 2, "lora") for engine in ("ddp", "fsdp2", "zero2", "zero3")]
+CASES += [(engine, 2, "bf16") for engine in ("ddp", "fsdp2", "zero1", "zero3")]
+
+
+def final(folder: Path) -> dict[str, bytes]:
+    """The files of `final/`; an adapter names the folder of its model."""
+    place = str(folder).encode()
+    return {name: data.replace(place, b"RUN") for name, data in contents(folder / "final").items()}
+
+
+def assert_same_run(found: Path, expected: Path) -> None:
+    assert exact(found) == exact(expected)
+    assert lines(found, "samples") == lines(expected, "samples")
+    assert final(found) == final(expected)
+
+
+@pytest.mark.parametrize(("engine", "world", "model"), CASES)
+def test_a_killed_run_goes_on_bit_for_bit(
+    tmp_path: Path, dataset: str, engine: str, world: int, model: str
+) -> None:
+    common = {"engine": ENGINES[engine], "max_steps": STEPS, "save_steps": SAVED, **MODELS[model]}
+    cut = recipe(tmp_path / "cut", dataset, **common)
+    trained(recipe(tmp_path / "whole", dataset, **common), world)
+    assert run(cut, world, ("kill_at", KILLED))[0].code == -signal.SIGKILL
+    assert lines(tmp_path / "cut", "samples")[-1]["step"] == KILLED
+    assert not (tmp_path / "cut" / "final").exists()
+    trained(cut, world)
+    assert_same_run(tmp_path / "cut", tmp_path / "whole")
+    ids = [number for line in lines(tmp_path / "cut", "samples") for number in line["ids"]]
+    assert len(ids) == len(set(ids)) == 4 * STEPS
+    assert set(Counter(number % 14 for number in ids[:28]).values()) == {2}
+
+
+def test_dropout_was_on_in_these_runs(tmp_path: Path, dataset: str) -> None:
+    """Otherwise the tests above would not see randomness that is not restored."""
+    for name, changes in list(MODELS.items())[:2]:
+        off = {"config_overrides": {}} if name == "full" else {"lora_r": 4}
+        trained(recipe(tmp_path / name, dataset, max_steps=2, **changes))
+        trained(recipe(tmp_path / f"{name} off", dataset, max_steps=2, **off))
+        assert lines(tmp_path / name)[1]["loss"] != lines(tmp_path / f"{name} off")[1]["loss"]
+        assert lines(tmp_path / name)[0]["grad_norm"] != lines(tmp_path / f"{name} off")[0]["grad_norm"]
+
+
+@pytest.mark.parametrize(("engine", "world"), [("ddp", 1), ("fsdp2", 2), ("zero2", 2)])
+def test_a_kill_while_saving_falls_back_to_the_checkpoint_before(
+    tmp_path: Path, dataset: str, engine: str, world: int
+) -> None:
+    common = {"engine": ENGINES[engine], "max_steps": STEPS, "save_steps": SAVED}
+    cut = recipe(tmp_path / "cut", dataset, **common)
+    trained(recipe(tmp_path / "whole", dataset, **common), world)
+    assert run(cut, world, ("kill_while_saving", 2 * SAVED))[0].code == -signal.SIGKILL
+    saved = tmp_path / "cut" / "checkpoints"
+    assert sorted(path.name for path in saved.iterdir()) == [f".step-{2 * SAVED}.draft", f"step-{SAVED}"]
+    # One without a manifest, and one that somebody copied, are no checkpoints of this run.
+    (saved / "step-6" / "engine").mkdir(parents=True)
+    (saved / "step-7-backup").mkdir()
+    (saved / "step-7-backup" / "manifest.json").write_text("{}")
+    trained(cut, world)
+    assert_same_run(tmp_path / "cut", tmp_path / "whole")
+    assert (saved / "step-9" / "manifest.json").exists()
+    assert not list(saved.glob(".*"))
+
+
+@pytest.mark.parametrize("step", [0, 4, 5])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stop_signal_to_one_rank_saves_and_the_run_goes_on(
+    tmp_path: Path, dataset: str, step: int, number: int
+) -> None:
+    """At step 4 there is a checkpoint already, which is not written again."""
+    common = {"max_steps": STEPS, "save_steps": SAVED, **MODELS["full"]}
+    cut = recipe(tmp_path / "cut", dataset, **common)
+    trained(recipe(tmp_path / "whole", dataset, **common), 2)
+    ends = run(cut, 2, ("stop_at", step, 1, number))
+    assert [end.error for end in ends] == [
+        f"Interrupted: stopped after step {step}; the same command goes on from there"
+    ] * 2
+    saved = [path.name for path in (tmp_path / "cut").glob("checkpoints/*")]
+    assert saved == {0: [], 4: ["step-4"]}.get(step, saved)
+    assert step == 0 or f"step-{step}" in saved
+    trained(cut, 2)
+    assert_same_run(tmp_path / "cut", tmp_path / "whole")
+
+
+@pytest.mark.parametrize("model", ["full", "lora"])
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2", "zero1", "zero2", "zero3"])
+def test_a_run_goes_on_at_another_number_of_ranks_to_rounding(
+    tmp_path: Path, dataset: str, engine: str, before: int, after: int, model: str
+) -> None:
+    common: dict[str, Any] = {"engine": ENGINES[engine], "max_steps": STEPS, "save_steps": SAVED}
+    common |= {"weight_decay": 0.1, "lora_r": 4 if model == "lora" else 0, "learning_rate": 1e-3}
+    cut = recipe(tmp_path / "cut", dataset, **common)
+    trained(recipe(tmp_path / "whole", dataset, **common), before)
+    run(cut, before, ("kill_at", KILLED))
+    trained(cut, after)
+    expected = lines(tmp_path / "whole")
+    assert exact(tmp_path / "cut")[:SAVED] == exact(tmp_path / "whole")[:SAVED]
+    for found, wanted in zip(lines(tmp_path / "cut"), expected, strict=True):
+        for key in ("loss", "grad_norm"):
+            assert found[key] == pytest.approx(wanted[key], rel=1e-5), f"step {wanted['step']}"
+        assert found["tokens"] == wanted["tokens"] or after != before
+        assert found["loss_tokens"] == wanted["loss_tokens"]
+    assert lines(tmp_path / "cut", "samples") == lines(tmp_path / "whole", "samples")
+    # Without the optimizer's state a step after the resume would differ by far more.
+    assert abs(expected[-1]["loss"] - expected[SAVED]["loss"]) > 1e-3
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_bf16_run_goes_on_at_another_number_of_ranks(
+    tmp_path: Path, dataset: str, engine: str, before: int, after: int
+) -> None:
+    """Only to bf16's rounding: a gradient that is summed in another order moves a weight to its neighbour."""
+    common: dict[str, Any] = {
+        "engine": ENGINES[engine],
+        "max_steps": STEPS,
+        "save_steps": SAVED,
+        "bf16": True,
+    }
+    common |= {"learning_rate": 1e-2, "lr_scheduler_type": "constant"}
+    cut = recipe(tmp_path / "cut", dataset, **common)
+    trained(recipe(tmp_path / "whole", dataset, **common), before)
+    run(cut, before, ("kill_at", KILLED))
+    trained(cut, after)
+    found, expected = ([line["loss"] for line in lines(tmp_path / name)] for name in ("cut", "whole"))
+    assert found == pytest.approx(expected, rel=2e-3)
+    assert expected[SAVED] < 0.98 * expected[0]
+
+
+def test_a_larger_max_steps_goes_on_with_a_finished_run(tmp_path: Path, dataset: str) -> None:
+    common = {"lr_scheduler_type": "constant", **MODELS["full"]}
+    trained(recipe(tmp_path / "whole", dataset, max_steps=8, **common))
+    trained(recipe(tmp_path / "longer", dataset, max_steps=5, **common))
+    trained(recipe(tmp_path / "longer", dataset, max_steps=8, **common))
+    assert_same_run(tmp_path / "longer", tmp_path / "whole")
+
+
+def test_going_back_to_an_earlier_checkpoint_leaves_the_later_ones_behind(
+    tmp_path: Path, dataset: str
+) -> None:
+    common = {"max_steps": 8, "save_steps": 2, "save_total_limit": 3, **MODELS["full"]}
+    made = recipe(tmp_path / "run", dataset, **common)
+    saved = tmp_path / "run" / "checkpoints"
+    trained(made)
+    whole = exact(tmp_path / "run")
+    assert sorted(path.name for path in saved.iterdir()) == ["step-4", "step-6", "step-8"]
+    back = made.model_copy(update={"resume_from_checkpoint": str(saved / "step-4")})
+    run(back, 1, ("kill_at", 7))
+    assert sorted(path.name for path in saved.iterdir()) == ["step-4", "step-6"]
+    trained(made)
+    assert exact(tmp_path / "run") == whole
+
+
+def test_more_epochs_after_a_partial_last_step_are_refused(tmp_path: Path, dataset: str) -> None:
+    made = recipe(tmp_path / "run", dataset, max_steps=None, num_train_epochs=1.0)
+    trained(made)
+    before = contents(tmp_path / "run")
+    (end,) = run(made.model_copy(update={"num_train_epochs": 2.0}))
+    assert end.error.startswith("UserError: step 4 of ")
+    assert "14 rows" in end.error
+    assert contents(tmp_path / "run") == before
+    even = recipe(tmp_path / "even", dataset, max_steps=None, num_train_epochs=2.0)
+    trained(even)
+    trained(even.model_copy(update={"num_train_epochs": 3.0}))
+    assert len(lines(tmp_path / "even")) == 11
