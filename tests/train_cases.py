@@ -1,7 +1,7 @@
 """Small runs for the tests of training: data, recipes, and ranks as fresh processes that a fault may end.
 
-The processes are forked from a server that has imported everything and done nothing, so that one costs a tenth of
-a second: a real SIGKILL is affordable in every test.
+The processes are forked from a server that has imported everything and done nothing, so that one costs a
+tenth of a second: a real SIGKILL is affordable in every test.
 """
 
 from __future__ import annotations
@@ -198,8 +198,8 @@ def train(made_from: Recipe, topology: Topology) -> dict[str, Any]:
 
 
 def train_and_keep(made_from: Recipe, topology: Topology) -> dict[str, Any]:
-    """Every parameter of the trainer's model after its last step, whole, gathered by other means than export's; as
-    numpy's arrays, which outlive this process."""
+    """Every parameter of the trainer's model after its last step, whole, gathered by other means than
+    export's; as numpy's arrays, which outlive this process."""
     kept: dict[str, Any] = {}
     finish = launch.train._finish
 
@@ -363,16 +363,18 @@ def leak(topology: Topology) -> None:
 
 
 def peak_while_filling(made_from: Recipe, topology: Topology) -> tuple[int, int]:
-    """The most bytes of live tensors after any fill, beyond those before the first; and those of the whole model."""
+    """The most bytes of live tensors after any fill, without those from before; those of the whole model."""
     fill = Weights.fill
     peak = [0]
     model_bytes = [0]
-    before = live_bytes()
+    gc.collect()
+    # What there is by now is left out, which saves looking through it.
+    gc.freeze()
 
     def watched(self: Weights, model: Any, unit_name: str) -> None:
         model_bytes[0] = model_bytes[0] or sum(p.numel() * 4 for p in model.parameters())
         fill(self, model, unit_name)
-        peak[0] = max(peak[0], live_bytes() - before)
+        peak[0] = max(peak[0], live_bytes())
 
     Weights.fill = watched  # type: ignore[method-assign]
     config = load_config(made_from)

@@ -116,9 +116,7 @@ def _typed(key: str, value: Any, hint: Any, default: Any) -> Any:
         raise UserError(f"{key}={value!r}: must be {kind}{hint_line} ({error.errors()[0]['msg']})") from None
 
 
-def check(
-    strategies: Sequence[Strategy], config: Any, topology: Topology, compile: bool = False
-) -> None:
+def check(strategies: Sequence[Strategy], config: Any, topology: Topology, compile: bool = False) -> None:
     """Everything that can be refused without weights, by the strategies together and each alone."""
     if not strategies:
         raise UserError(f"strategy=[]: choose at least one of {', '.join(names())}")

@@ -26,13 +26,15 @@ from distrib.topology import Topology
 from launch.models import load_config
 from strategies import Strategy
 
+# torch's own tracing asks for what torch warns of.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"
+)
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs g++ on a CPU")
 MODELS: dict[str, dict[str, Any]] = {"full": {}, "lora": {"lora_r": 4}}
 DROPOUT = {"config_overrides": {"attention_dropout": 0.3}, "lora_r": 4, "lora_dropout": 0.3}
 ROWS = ragged_rows(4)
 FP32 = 2e-6
-BF16 = 3e-2
-"""Seven bits of mantissa; uncompiled blocks are as far from float32."""
 
 
 def worst(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
@@ -47,8 +49,15 @@ def shares(world: int) -> list[list[Batch]]:
     return [[padded(ROWS[:1]), packed(ROWS[2:3])], [padded(ROWS[1:2]), packed(ROWS[3:])]]
 
 
-@pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+@pytest.mark.parametrize(
+    ("engine", "model"),
+    [
+        ("fsdp2", "full"),
+        ("ddp", "lora"),
+        pytest.param("fsdp2", "lora", marks=pytest.mark.slow),
+        pytest.param("ddp", "full", marks=pytest.mark.slow),
+    ],
+)
 def test_two_ranks_with_traced_blocks_give_the_gradients_of_autograd(
     two_ranks: Ranks, engine: str, model: str
 ) -> None:
@@ -60,10 +69,9 @@ def test_two_ranks_with_traced_blocks_give_the_gradients_of_autograd(
 
 
 @needs_compiler
-@pytest.mark.parametrize("model", MODELS)
-def test_built_blocks_give_the_gradients_of_autograd(model: str) -> None:
-    expected = reference(recipe(**MODELS[model]), ROWS, torch.float32)
-    found, graphs = step_gradients(Topology(), recipe(compile=True, **MODELS[model]), shares(1))
+def test_built_blocks_give_the_gradients_of_autograd() -> None:
+    expected = reference(recipe(), ROWS, torch.float32)
+    found, graphs = step_gradients(Topology(), recipe(compile=True), [[packed(ROWS)]])
     assert graphs > 0
     assert worst(found, expected) < FP32
 
@@ -77,27 +85,25 @@ def test_built_blocks_give_the_gradients_of_autograd(model: str) -> None:
 def test_built_blocks_on_every_engine(
     two_ranks: Ranks, engine: str, model: str, world: int, bf16: bool
 ) -> None:
-    made_from = recipe(engine=engine, compile=True, bf16=bf16, **MODELS[model])
+    made_from = recipe(engine=engine, bf16=bf16, **MODELS[model])
+    compiled = made_from.model_copy(update={"compile": True})
     expected = reference(recipe(**MODELS[model]), ROWS, torch.float32)
+    bound = FP32
+    if bf16:
+        uncompiled = worst(step_gradients(Topology(), made_from, shares(1))[0], expected)
+        assert uncompiled > 1e-3
+        bound = 1.5 * uncompiled
     if world == 2:
-        answers = two_ranks("compile_cases:step_gradients", made_from, shares(2))
+        answers = two_ranks("compile_cases:step_gradients", compiled, shares(2))
     else:
-        answers = [step_gradients(Topology(), made_from, shares(1))]
+        answers = [step_gradients(Topology(), compiled, shares(1))]
     for found, graphs in answers:
         assert graphs > 0
-        assert worst(found, expected) < (BF16 if bf16 else FP32)
+        assert worst(found, expected) < bound
 
 
 @needs_compiler
-def test_bf16_is_as_near_to_float32_as_without_compiling() -> None:
-    expected = reference(recipe(lora_r=4), ROWS, torch.float32)
-    found, graphs = step_gradients(Topology(), recipe(compile=True, bf16=True, lora_r=4), shares(1))
-    assert graphs > 0
-    assert 1e-4 < worst(found, expected) < BF16
-    assert worst(step_gradients(Topology(), recipe(bf16=True, lora_r=4), shares(1))[0], expected) < BF16
-
-
-@needs_compiler
+@pytest.mark.slow
 def test_dropout_draws_what_it_draws_uncompiled() -> None:
     plain, _ = step_gradients(Topology(), recipe(**DROPOUT), shares(1))
     found, graphs = step_gradients(Topology(), recipe(compile=True, **DROPOUT), shares(1))
@@ -109,14 +115,14 @@ def test_dropout_draws_what_it_draws_uncompiled() -> None:
 
 @pytest.mark.parametrize("model", MODELS)
 def test_lengths_do_not_compile_without_end(model: str) -> None:
-    made_from = recipe(compile=True, **MODELS[model] | {"config_overrides": {"num_hidden_layers": 5}})
-    known = graphs_over_lengths(made_from, range(5, 25))
+    made_from = recipe(compile=True, **MODELS[model] | {"config_overrides": {"num_hidden_layers": 3}})
+    known = graphs_over_lengths(made_from, range(5, 17))
     assert known[0] == known[-1] <= 16
 
 
 @needs_compiler
-@pytest.mark.parametrize("engine", ["ddp", pytest.param("fsdp2", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("world", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("engine", "world"), [("ddp", 1), ("ddp", 2), ("fsdp2", 2)])
 def test_a_killed_run_goes_on_bit_for_bit(tmp_path: Path, engine: str, world: int) -> None:
     """Its first lengths after the kill are others than the first of the whole run."""
     dataset = write_rows(tmp_path / "rows.jsonl", answers(14))
@@ -139,7 +145,9 @@ def test_zero_refuses_before_anything_is_built() -> None:
 def test_a_missing_compiler_is_said_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
-    with pytest.raises(Refused, match=r"compile=true without a compiler \(CXX=None\): install g\+\+, set CXX"):
+    with pytest.raises(
+        Refused, match=r"compile=true without a compiler \(CXX=None\): install g\+\+, set CXX"
+    ):
         check("ddp", Settings(compile=True), Topology())
     with pytest.raises(Refused, match=r"\(CC=None\): install gcc, set CC, or set compile=false"):
         check("ddp", Settings(compile=True), replace(Topology(), device_type="cuda"))

@@ -1,4 +1,4 @@
-"""Where weights come from: folders of every layout, families whose checkpoints have other names, and seeds."""
+"""Where weights come from: folders of every layout, families with other names on disk, and seeds."""
 
 from __future__ import annotations
 
@@ -225,7 +225,7 @@ def test_a_tied_folder_has_no_head_of_its_own(tmp_path: Path) -> None:
     folder = pretrained(tmp_path, tie_word_embeddings=True)
     found = filled(from_folder(folder))
     assert found["lm_head.weight"].data_ptr() == found["model.embed_tokens.weight"].data_ptr()
-    with pytest.raises(UserError, match="lacks 1 weights, the first is lm_head.weight"):
+    with pytest.raises(UserError, match=r"lacks 1 weights, the first is lm_head\.weight"):
         filled(from_folder(folder, config_overrides={"tie_word_embeddings": False}))
 
 

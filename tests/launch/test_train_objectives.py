@@ -241,7 +241,7 @@ def test_packing_is_refused_for_layers_with_a_state_before_anything_is_built(
     made = recipe(
         tmp_path / "run", dataset, model_name_or_path=str(tmp_path / "model"), init="random", packing=True
     )
-    with pytest.raises(Refused, match="packing=true: the .* layers of .*Config carry a state"):
+    with pytest.raises(Refused, match=r"packing=true: the .* layers of .*Config carry a state"):
         train(made, Topology())
 
 

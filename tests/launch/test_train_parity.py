@@ -1,4 +1,4 @@
-"""Training computes what a plain loop over a Hugging Face model computes, on every engine and number of ranks."""
+"""Training computes what a plain loop over a Hugging Face model does, on every engine and number of ranks."""
 
 from __future__ import annotations
 

@@ -1,0 +1,217 @@
+"""The loop by itself: what it asks of its parts, in which order, and what it writes."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from distrib.checkpoint import Progress
+from distrib.contracts import Batch, Context, Result, Window
+from distrib.errors import Interrupted, NotFinite, UserError
+from distrib.loop import Loop, Plan, resume
+from distrib.optim import Schedule
+from distrib.topology import Topology
+
+
+class FakeEngine:
+    """Weights that are a count of updates."""
+
+    name, topology, module, model = "ddp", Topology(), nn.Identity(), nn.Identity()
+
+    def __init__(self, said: list[Any]) -> None:
+        self.said = said
+        self.updates = 0
+
+    def micro_batch(self, last: bool) -> Any:
+        return nullcontext()
+
+    def zero_grad(self) -> None:
+        self.said.append("zero_grad")
+
+    def step(self, learning_rate: float, max_grad_norm: float | None) -> float:
+        self.said.append(("update", learning_rate, max_grad_norm))
+        self.updates += 1
+        return 2.0
+
+    def save(self, folder: Path) -> None:
+        folder.mkdir()
+        (folder / "updates").write_text(str(self.updates))
+
+    def load(self, folder: Path) -> None:
+        self.updates = int((folder / "updates").read_text())
+
+
+def plan(run: Path, **changes: Any) -> Plan:
+    run.mkdir(exist_ok=True)
+    known: dict[str, Any] = {
+        "run": run,
+        "steps": 4,
+        "global_batch": 4,
+        "rows": None,
+        "schedule": Schedule(1.0, 4, kind="linear"),
+        "seed": 11,
+        "max_grad_norm": 0.0,
+        "logging_steps": 1,
+        "save_steps": 2,
+        "save_total_limit": None,
+        "eval_steps": None,
+    }
+    return Plan(**{**known, **changes})
+
+
+def rows(start: int, stop: int) -> Window:
+    ids = list(range(start, stop))
+    batch = {"input_ids": torch.tensor([ids]), "labels": torch.tensor([ids])}
+    return Window([batch], ids, tokens=len(ids), nonpad_tokens=len(ids) - 1, loss_tokens=2)
+
+
+class Case:
+    """A loop over numbered rows; `said` is what happened, in order."""
+
+    def __init__(self, made: Plan, loss: Any = lambda step: 1.0, weight: float = 5.0) -> None:
+        self.said: list[Any] = []
+        self.plan = made
+        self.engine: Any = FakeEngine(self.said)
+
+        def step(batches: list[Batch], context: Context) -> Result:
+            ids = [int(number) for batch in batches for number in batch["input_ids"].flatten()]
+            self.said.append(("step", context.step, context.seed, context.weight, ids))
+            return Result(torch.tensor(loss(context.step)), len(ids))
+
+        self.loop = Loop(
+            made,
+            self.engine,
+            step,  # type: ignore[arg-type]
+            window=rows,
+            weight=lambda batch: weight,
+            annotate=lambda batches, context: self.said.append("annotate"),
+            evaluate=lambda index: {"eval_loss": index / 2},
+            report=lambda line: self.said.append(("report", line["step"])),
+        )
+
+    def run(self) -> Progress:
+        return self.loop.run(resume(self.plan, self.engine, None))
+
+    def lines(self, name: str) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (self.plan.run / f"{name}.jsonl").read_text().splitlines()]
+
+    def taken(self) -> list[list[int]]:
+        return [event[4] for event in self.said if event[0] == "step"]
+
+
+def test_a_step_annotates_runs_updates_and_reports_in_this_order(tmp_path: Path) -> None:
+    case = Case(plan(tmp_path, steps=1, max_grad_norm=0.5))
+    case.run()
+    assert case.said == [
+        "annotate",
+        ("step", 0, 11, 5.0, [0, 1, 2, 3]),
+        ("update", 1.0, 0.5),
+        ("report", 1),
+    ]
+
+
+def test_every_row_comes_once_and_the_counts_add_up(tmp_path: Path) -> None:
+    case = Case(plan(tmp_path, rows=14))
+    progress = case.run()
+    assert case.taken() == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11], [12, 13]]
+    assert progress == Progress(step=4, tokens=14, nonpad_tokens=10, loss_tokens=8, rows=14)
+    assert [line["ids"] for line in case.lines("samples")] == case.taken()
+    assert [line["learning_rate"] for line in case.lines("metrics")] == [1.0, 0.75, 0.5, 0.25]
+    assert [line["tokens"] for line in case.lines("metrics")] == [4, 8, 12, 14]
+    assert {line["joules"] for line in case.lines("metrics")} == {None}
+
+
+def test_no_clipping_is_said_as_none(tmp_path: Path) -> None:
+    case = Case(plan(tmp_path, steps=1))
+    case.run()
+    assert ("update", 1.0, None) in case.said
+
+
+def test_logging_now_and_then_never_leaves_out_the_last(tmp_path: Path) -> None:
+    case = Case(plan(tmp_path, steps=5, logging_steps=2))
+    case.run()
+    assert [line["step"] for line in case.lines("metrics")] == [2, 4, 5]
+    assert [line["step"] for line in case.lines("samples")] == [1, 2, 3, 4, 5]
+
+
+def test_evaluations_are_journalled_beside(tmp_path: Path) -> None:
+    case = Case(plan(tmp_path, eval_steps=2))
+    case.run()
+    assert case.lines("evaluations") == [{"step": 2, "eval_loss": 1.0}, {"step": 4, "eval_loss": 2.0}]
+
+
+def test_going_on_takes_the_rows_after_the_checkpoint(tmp_path: Path) -> None:
+    first = Case(plan(tmp_path), loss=lambda step: math.nan if step == 3 else 1.0)
+    with pytest.raises(NotFinite, match="step 4: the loss is nan; the newest checkpoint is untouched"):
+        first.run()
+    assert [line["step"] for line in first.lines("metrics")] == [1, 2, 3]
+    assert first.engine.updates == 3
+    second = Case(plan(tmp_path))
+    second.run()
+    assert second.taken() == [[8, 9, 10, 11], [12, 13, 14, 15]]
+    assert second.engine.updates == 4
+    assert [line["step"] for line in second.lines("samples")] == [1, 2, 3, 4]
+
+
+def test_a_batch_without_loss_tokens_stops_before_the_step(tmp_path: Path) -> None:
+    case = Case(plan(tmp_path), weight=0.0)
+    with pytest.raises(UserError, match="step 1: its 4 rows have no loss tokens"):
+        case.run()
+    assert case.said == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_step_saves_and_gives_the_handlers_back(tmp_path: Path, number: int) -> None:
+    def interrupted(step: int) -> float:
+        if step == 1:
+            os.kill(os.getpid(), number)
+        return 1.0
+
+    before = [signal.getsignal(kind) for kind in (signal.SIGTERM, signal.SIGINT)]
+    case = Case(plan(tmp_path, save_steps=100), loss=interrupted)
+    with pytest.raises(Interrupted, match="stopped after step 2; the same command goes on"):
+        case.run()
+    assert [signal.getsignal(kind) for kind in (signal.SIGTERM, signal.SIGINT)] == before
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-2"]
+
+
+def test_sigterm_may_come_twice_and_a_second_ctrl_c_ends_at_once(tmp_path: Path) -> None:
+    def twice(kind: int) -> Any:
+        return lambda step: [os.kill(os.getpid(), kind) for _ in "ab"] and 1.0
+
+    with pytest.raises(Interrupted):
+        Case(plan(tmp_path / "term"), loss=twice(signal.SIGTERM)).run()
+    assert (tmp_path / "term" / "checkpoints" / "step-1").exists()
+    with pytest.raises(KeyboardInterrupt):
+        Case(plan(tmp_path / "int"), loss=twice(signal.SIGINT)).run()
+    assert not (tmp_path / "int" / "checkpoints").exists()
+
+
+def test_the_preflight_runs_the_longest_rows_without_a_trace(tmp_path: Path) -> None:
+    case = Case(plan(tmp_path))
+    case.loop.preflight(rows(90, 93).micro_batches[0])
+    assert case.said == ["annotate", ("step", -1, 11, math.inf, [90, 91, 92]), "zero_grad"]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_resuming_with_another_batch_or_engine_is_refused_before_it_loads(tmp_path: Path) -> None:
+    Case(plan(tmp_path)).run()
+    other = Case(plan(tmp_path, global_batch=8, steps=8))
+    with pytest.raises(
+        UserError, match=r"global batch is 8 rows, .* was trained with 4: .* set global_batch_size"
+    ):
+        other.run()
+    other = Case(plan(tmp_path, steps=8))
+    other.engine.name = "zero"
+    with pytest.raises(UserError, match=r"engine.name='zero': .* was written by 'ddp'"):
+        other.run()
+    assert other.engine.updates == 0

@@ -1,0 +1,88 @@
+"""Every launcher's environment ends in the same topology."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from distrib.errors import UserError
+from distrib.topology import Topology, connect, read_environment
+
+NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+SLURM = {"SLURM_PROCID": "5", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1", "SLURM_JOB_ID": "123456"}
+
+
+@pytest.fixture
+def environment(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """Without any launcher's variables, and restored as a whole afterwards."""
+    for name in [name for name in os.environ if name in NAMES or name.startswith("SLURM_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+    return monkeypatch
+
+
+@pytest.mark.usefixtures("environment")
+def test_without_a_launcher_it_is_one_process_and_no_group() -> None:
+    topology = read_environment()
+    assert (topology.rank, topology.world, topology.main) == (0, 1, True)
+    assert connect(topology) is None
+
+
+def test_torchrun_and_accelerate(environment: pytest.MonkeyPatch) -> None:
+    values = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
+    for name, value in values.items():
+        environment.setitem(os.environ, name, value)
+    found = read_environment()
+    assert (found.rank, found.world, found.local_rank, found.local_world) == (3, 4, 1, 2)
+    assert not found.main
+
+
+@pytest.mark.parametrize(
+    ("more", "address", "local_world"),
+    [
+        ({"SLURM_LAUNCH_NODE_IPADDR": "10.0.0.1", "SLURM_NTASKS_PER_NODE": "4"}, "10.0.0.1", 4),
+        ({"MASTER_ADDR": "first", "SLURM_NTASKS_PER_NODE": "4(x2)"}, "first", 4),
+        ({"SLURM_NODELIST": "node7,node8"}, "node7", 1),
+    ],
+)
+def test_srun_sets_what_torchrun_would(
+    environment: pytest.MonkeyPatch, more: dict[str, str], address: str, local_world: int
+) -> None:
+    for name, value in {**SLURM, **more}.items():
+        environment.setitem(os.environ, name, value)
+    found = read_environment()
+    assert (found.rank, found.world, found.local_rank, found.local_world) == (5, 8, 1, local_world)
+    assert os.environ["MASTER_ADDR"] == address
+    assert os.environ["MASTER_PORT"] == str(20000 + 123456 % 20000)
+
+
+def test_a_single_task_of_slurm_is_one_process(environment: pytest.MonkeyPatch) -> None:
+    environment.setitem(os.environ, "SLURM_PROCID", "0")
+    environment.setitem(os.environ, "SLURM_NTASKS", "1")
+    assert read_environment().world == 1
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"RANK": "two"}, "RANK='two' in the environment: must be a whole number"),
+        ({"RANK": "4", "WORLD_SIZE": "4"}, "RANK=4 with WORLD_SIZE=4 .* must be below"),
+        ({"RANK": "-1", "WORLD_SIZE": "4"}, "RANK=-1 with WORLD_SIZE=4"),
+    ],
+)
+def test_a_broken_environment_is_said(
+    environment: pytest.MonkeyPatch, values: dict[str, str], said: str
+) -> None:
+    for name, value in values.items():
+        environment.setitem(os.environ, name, value)
+    with pytest.raises(UserError, match=said):
+        read_environment()
+
+
+@pytest.mark.usefixtures("environment")
+def test_ranks_without_an_address_are_refused() -> None:
+    with pytest.raises(
+        UserError, match="WORLD_SIZE=2 but no MASTER_ADDR in the environment: start with torchrun"
+    ):
+        connect(Topology(rank=0, world=2))
