@@ -85,7 +85,7 @@ def save(run: Path, engine: Engine, manifest: Manifest, keep: int | None) -> Pat
 
 
 def drop_after(run: Path, step: int) -> None:
-    """Remove the checkpoints of steps that are about to be trained again, and what kills have left half written.
+    """Remove the checkpoints of steps that are about to be trained again, and what kills left half written.
 
     They belong to a course that the run has left; kept, the next start would go on from them.
     """

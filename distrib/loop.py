@@ -269,11 +269,12 @@ def _check_fit(plan: Plan, engine: Engine, source: Path, manifest: Manifest) -> 
         )
     if manifest.global_batch != plan.global_batch:
         raise UserError(
-            f"the global batch is {plan.global_batch} rows, {source} was trained with {manifest.global_batch}: the "
-            "same rows would come again or never; set global_batch_size"
+            f"the global batch is {plan.global_batch} rows, {source} was trained with "
+            f"{manifest.global_batch}: the same rows would come again or never; set global_batch_size"
         )
     if done.rows < done.step * plan.global_batch and done.step < plan.steps:
         raise UserError(
-            f"step {done.step} of {source} ended with the data, after {done.rows} rows: the next step would leave "
-            "out the rows up to a whole batch; set resume_from_checkpoint to an earlier one, or another output_dir"
+            f"step {done.step} of {source} ended with the data, after {done.rows} rows: the next step would "
+            "leave out the rows up to a whole batch; set resume_from_checkpoint to an earlier one, or another "
+            "output_dir"
         )

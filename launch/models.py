@@ -66,8 +66,8 @@ def load_config(recipe: Recipe) -> Any:
     _override(config, recipe.config_overrides)
     if getattr(config, "quantization_config", None):
         raise Refused(
-            f"model_name_or_path={recipe.model_name_or_path!r} holds quantized weights: training starts from the "
-            "original ones; name the model that it was made from"
+            f"model_name_or_path={recipe.model_name_or_path!r} holds quantized weights: training starts from "
+            "the original ones; name the model that it was made from"
         )
     if type(config) not in AutoModelForCausalLM._model_mapping and not recipe.trust_remote_code:
         raise UserError(
@@ -237,8 +237,8 @@ class Weights:
                 return list(tensors.keys())
         except FileNotFoundError:
             raise UserError(
-                f"model_name_or_path={self._recipe.model_name_or_path!r} has no {file.name}: give a folder with its "
-                "weights as safetensors, or `init: random`"
+                f"model_name_or_path={self._recipe.model_name_or_path!r} has no {file.name}: give a folder "
+                "with its weights as safetensors, or `init: random`"
             ) from None
         except SafetensorError as error:
             raise UserError(f"{file} cannot be read: {_one_line(error)}") from None

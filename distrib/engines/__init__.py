@@ -39,8 +39,8 @@ def check(name: str, settings: Settings, topology: Topology) -> None:
         settings.optimizer.check(sharded=name != "ddp")
         if name == "zero" and settings.optimizer.name == "adagrad":
             raise Refused(
-                "optimizer.name='adagrad' with engine.name='zero': DeepSpeed cannot take its groups; choose adamw, or "
-                "engine ddp or fsdp2"
+                "optimizer.name='adagrad' with engine.name='zero': DeepSpeed cannot take its groups; choose "
+                "adamw, or engine ddp or fsdp2"
             )
     if settings.compile and name == "zero":
         raise Refused("compile=true with engine.name='zero': choose ddp or fsdp2, or compile=false")

@@ -113,8 +113,8 @@ class TorchEngine:
             dcp.save(self._state(), checkpoint_id=str(folder))
 
     def load(self, folder: Path) -> None:
-        """All of this engine's state; without an optimizer what a checkpoint has of the weights, since frozen ones
-        are not in it."""
+        """All of this engine's state; without an optimizer what a checkpoint has of the weights, since frozen
+        ones are not in it."""
         import torch.distributed.checkpoint as dcp
         from torch.distributed.checkpoint.state_dict import (
             StateDictOptions,

@@ -1,7 +1,7 @@
 """DeepSpeed ZeRO, stages 1 to 3, with optional offload of optimizer states (and stage 3's weights) to host memory.
 
-bf16: DeepSpeed keeps fp32 master weights beside bf16 ones, from which they begin, and accumulates gradients in fp32.
-Checkpoints are DeepSpeed's own; another number of ranks reads them through its universal form.
+bf16: DeepSpeed keeps fp32 master weights beside bf16 ones, from which they begin, and accumulates gradients in
+fp32. Checkpoints are DeepSpeed's own; another number of ranks reads them through its universal form.
 """
 
 from __future__ import annotations
@@ -174,8 +174,10 @@ def _by_rank(folder: Path) -> list[Path]:
 
 
 def _join_slices(folder: Path, shards: list[dict[str, Any]]) -> dict[str, Tensor]:
-    """Stage 1 in bf16 has an optimizer of its own in DeepSpeed, whose checkpoints its own tool does not read: each
-    rank has, of each parameter, the slice that falls into its part of the flat fp32 weights."""
+    """Stage 1 in bf16 has an optimizer of its own in DeepSpeed, whose checkpoints its own tool does not read.
+
+    Each rank has, of each parameter, the slice that falls into its part of the flat fp32 weights.
+    """
     slices: dict[str, list[Tensor]] = {}
     for shard in shards:
         flat_groups, mappings = shard["single_partition_of_fp32_groups"], shard["param_slice_mappings"]

@@ -100,50 +100,50 @@ def test_a_stop_signal_to_one_rank_saves_and_the_run_goes_on(
     assert_same_run(tmp_path / "cut", tmp_path / "whole")
 
 
-@pytest.mark.parametrize("model", ["full", "lora"])
+AT_ANOTHER: dict[str, dict[str, Any]] = {
+    "full": {"weight_decay": 0.1, "learning_rate": 1e-3},
+    "lora": {"weight_decay": 0.1, "learning_rate": 1e-3, "lora_r": 4},
+    "bf16": {"bf16": True, "learning_rate": 1e-2, "lr_scheduler_type": "constant"},
+}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory, dataset: str) -> dict[str, Path]:
+    """One process without engine or interruption: what every other must be, to rounding."""
+    folders = {name: tmp_path_factory.mktemp(name) for name in AT_ANOTHER}
+    for name, folder in folders.items():
+        trained(recipe(folder, dataset, max_steps=STEPS, **AT_ANOTHER[name]))
+    return folders
+
+
+@pytest.mark.parametrize("model", AT_ANOTHER)
 @pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
-@pytest.mark.parametrize("engine", ["ddp", "fsdp2", "zero1", "zero2", "zero3"])
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2", "zero1", "zero3"])
 def test_a_run_goes_on_at_another_number_of_ranks_to_rounding(
-    tmp_path: Path, dataset: str, engine: str, before: int, after: int, model: str
+    tmp_path: Path,
+    dataset: str,
+    uninterrupted: dict[str, Path],
+    engine: str,
+    before: int,
+    after: int,
+    model: str,
 ) -> None:
-    common: dict[str, Any] = {"engine": ENGINES[engine], "max_steps": STEPS, "save_steps": SAVED}
-    common |= {"weight_decay": 0.1, "lora_r": 4 if model == "lora" else 0, "learning_rate": 1e-3}
-    cut = recipe(tmp_path / "cut", dataset, **common)
-    trained(recipe(tmp_path / "whole", dataset, **common), before)
+    common = {"engine": ENGINES[engine], "max_steps": STEPS, "save_steps": SAVED, **AT_ANOTHER[model]}
+    cut = recipe(tmp_path, dataset, **common)
     run(cut, before, ("kill_at", KILLED))
+    kept = exact(tmp_path)[:SAVED]
     trained(cut, after)
-    expected = lines(tmp_path / "whole")
-    assert exact(tmp_path / "cut")[:SAVED] == exact(tmp_path / "whole")[:SAVED]
-    for found, wanted in zip(lines(tmp_path / "cut"), expected, strict=True):
-        for key in ("loss", "grad_norm"):
-            assert found[key] == pytest.approx(wanted[key], rel=1e-5), f"step {wanted['step']}"
-        assert found["tokens"] == wanted["tokens"] or after != before
+    assert exact(tmp_path)[:SAVED] == kept
+    expected = lines(uninterrupted[model])
+    for found, wanted in zip(lines(tmp_path), expected, strict=True):
         assert found["loss_tokens"] == wanted["loss_tokens"]
-    assert lines(tmp_path / "cut", "samples") == lines(tmp_path / "whole", "samples")
-    # Without the optimizer's state a step after the resume would differ by far more.
-    assert abs(expected[-1]["loss"] - expected[SAVED]["loss"]) > 1e-3
-
-
-@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
-@pytest.mark.parametrize("engine", ENGINES)
-def test_a_bf16_run_goes_on_at_another_number_of_ranks(
-    tmp_path: Path, dataset: str, engine: str, before: int, after: int
-) -> None:
-    """Only to bf16's rounding: a gradient that is summed in another order moves a weight to its neighbour."""
-    common: dict[str, Any] = {
-        "engine": ENGINES[engine],
-        "max_steps": STEPS,
-        "save_steps": SAVED,
-        "bf16": True,
-    }
-    common |= {"learning_rate": 1e-2, "lr_scheduler_type": "constant"}
-    cut = recipe(tmp_path / "cut", dataset, **common)
-    trained(recipe(tmp_path / "whole", dataset, **common), before)
-    run(cut, before, ("kill_at", KILLED))
-    trained(cut, after)
-    found, expected = ([line["loss"] for line in lines(tmp_path / name)] for name in ("cut", "whole"))
-    assert found == pytest.approx(expected, rel=2e-3)
-    assert expected[SAVED] < 0.98 * expected[0]
+        # In bf16 a gradient that is summed in another order moves a weight to its neighbour.
+        assert found["loss"] == pytest.approx(wanted["loss"], rel=5e-3 if model == "bf16" else 1e-5)
+        if model != "bf16":
+            assert found["grad_norm"] == pytest.approx(wanted["grad_norm"], rel=1e-5)
+    assert lines(tmp_path, "samples") == lines(uninterrupted[model], "samples")
+    # Weights or an optimizer's state that were lost on the way would show.
+    assert abs(expected[-1]["loss"] - expected[SAVED]["loss"]) > (0.05 if model == "bf16" else 1e-3)
 
 
 def test_a_larger_max_steps_goes_on_with_a_finished_run(tmp_path: Path, dataset: str) -> None:
