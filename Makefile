@@ -2,9 +2,10 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
+INSTALLED_LOW := .venv-low/installed
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test test-all check bench
+.PHONY: demo test test-all test-low check bench
 
 demo: $(INSTALLED)
 	$(BIN)/ebbtide train recipes/tiny.yaml nproc=2
@@ -14,6 +15,10 @@ test: $(INSTALLED)
 
 test-all: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+# with the lowest versions that pyproject.toml allows, in .venv-low
+test-low: $(INSTALLED_LOW)
+	OMP_NUM_THREADS=1 .venv-low/bin/python -m pytest -m "not slow"
 
 check: $(INSTALLED)
 	$(BIN)/ruff check
@@ -30,4 +35,11 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(PIP) setuptools ninja torch
 	$(PIP) --no-build-isolation --editable ".[dev]"
+	@touch $@
+
+$(INSTALLED_LOW): pyproject.toml constraints-low.txt
+	$(PYTHON) -m venv .venv-low
+	.venv-low/bin/python -m pip install -qq --disable-pip-version-check --constraint constraints-low.txt setuptools ninja torch
+	.venv-low/bin/python -m pip install -qq --disable-pip-version-check --constraint constraints-low.txt \
+		--no-build-isolation --editable . pytest
 	@touch $@

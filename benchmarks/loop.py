@@ -49,9 +49,7 @@ def main() -> None:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", default="512x8", help="hidden size x layers, or 8b (512x8)")
     parser.add_argument("--lora", type=int, default=0, metavar="R")
     parser.add_argument("--bf16", action="store_true")
@@ -157,9 +155,7 @@ class Memory:
             self.start = self._status("VmRSS")
 
     def _status(self, key: str) -> int:
-        line = next(
-            line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key)
-        )
+        line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
         return int(line.split()[1]) * 1024
 
     def figures(self) -> dict[str, int]:
@@ -170,9 +166,7 @@ class Memory:
         return {"peak_with_optimizer_bytes": above, "peak_bytes": above - 2 * self.gradients}
 
 
-def figures(
-    options: argparse.Namespace, model: Any, ends: list[float], losses: list[float]
-) -> dict[str, Any]:
+def figures(options: argparse.Namespace, model: Any, ends: list[float], losses: list[float]) -> dict[str, Any]:
     """Medians over the timed steps; `ends` are the times at which steps ended."""
     times = [after - before for before, after in pairwise(ends)][WARM_UP_STEPS - 1 :]
     rate = options.batch * options.length / median(times)

@@ -242,10 +242,7 @@ class Loop:
 
     def _to_device(self, batches: list[Batch]) -> list[Batch]:
         device = self.topology.device
-        return [
-            {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
-            for batch in batches
-        ]
+        return [{name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()} for batch in batches]
 
 
 def resume(plan: Plan, engine: Engine, chosen: Path | None) -> Progress:

@@ -7,7 +7,7 @@ SLURM's srun (SLURM_PROCID and friends) all end here. Without any, it is one pro
 from __future__ import annotations
 
 import os
-import subprocess
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -40,29 +40,39 @@ class Topology:
 
 
 def _slurm(env: Mapping[str, str]) -> dict[str, str]:
-    """What torchrun would have set, from what srun sets; nothing outside srun or with a single task."""
-    if "RANK" in env or int(env.get("SLURM_NTASKS", "1")) < 2 or "SLURM_PROCID" not in env:
+    """What torchrun would have set, from what srun sets; nothing outside srun or with a single task.
+
+    A batch script without srun has a SLURM_PROCID and a SLURM_NTASKS as well, but is no step.
+    """
+    if "RANK" in env or "SLURM_STEP_ID" not in env or _integer(env, "SLURM_NTASKS", 1) < 2:
         return {}
-    address = (
-        env.get("MASTER_ADDR") or env.get("SLURM_LAUNCH_NODE_IPADDR") or _first_host(env["SLURM_NODELIST"])
-    )
     return {
         "RANK": env["SLURM_PROCID"],
         "WORLD_SIZE": env["SLURM_NTASKS"],
         "LOCAL_RANK": env.get("SLURM_LOCALID", "0"),
-        "LOCAL_WORLD_SIZE": env.get("SLURM_NTASKS_PER_NODE", "1").split("(")[0],
-        "MASTER_ADDR": address,
-        "MASTER_PORT": env.get("MASTER_PORT") or str(20000 + int(env.get("SLURM_JOB_ID", "0")) % 20000),
+        "LOCAL_WORLD_SIZE": _tasks_here(env),
+        "MASTER_ADDR": env.get("MASTER_ADDR") or _first_host(env),
+        "MASTER_PORT": env.get("MASTER_PORT") or str(20000 + _integer(env, "SLURM_JOB_ID", 0) % 20000),
     }
 
 
-def _first_host(nodelist: str) -> str:
-    if "[" not in nodelist:
-        return nodelist.split(",")[0]
-    shown = subprocess.run(
-        ["scontrol", "show", "hostnames", nodelist], capture_output=True, text=True, check=True
-    )
-    return shown.stdout.split()[0]
+def _first_host(env: Mapping[str, str]) -> str:
+    """Where rank 0 is. The node that srun was called on comes last: it may be a login node."""
+    nodes = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_NODELIST", "")
+    first = re.match(r"(?:[^,[]|\[[^]]*\])+", nodes)
+    if first is None:
+        return env.get("SLURM_LAUNCH_NODE_IPADDR", "127.0.0.1")
+    return re.sub(r"\[([^],-]+)[^]]*\]", r"\1", first[0])
+
+
+def _tasks_here(env: Mapping[str, str]) -> str:
+    """Of this node, from a list such as 4(x2),3."""
+    given = env.get("SLURM_STEP_TASKS_PER_NODE") or env.get("SLURM_TASKS_PER_NODE") or env["SLURM_NTASKS"]
+    counts: list[str] = []
+    for part in given.split(","):
+        count, _, times = part.partition("(x")
+        counts += [count] * int(times.rstrip(")") or 1)
+    return counts[min(_integer(env, "SLURM_NODEID", 0), len(counts) - 1)]
 
 
 def _integer(env: Mapping[str, str], name: str, default: int) -> int:
@@ -77,9 +87,7 @@ def read_environment() -> Topology:
     os.environ.update(_slurm(os.environ))
     rank, world = _integer(os.environ, "RANK", 0), _integer(os.environ, "WORLD_SIZE", 1)
     if not 0 <= rank < world:
-        raise UserError(
-            f"RANK={rank} with WORLD_SIZE={world} in the environment: RANK must be below WORLD_SIZE"
-        )
+        raise UserError(f"RANK={rank} with WORLD_SIZE={world} in the environment: RANK must be below WORLD_SIZE")
     import torch
 
     if not torch.cuda.is_available():
@@ -109,15 +117,11 @@ def connect(topology: Topology, timeout: timedelta = timedelta(minutes=10)) -> S
         return None
     for name in ("MASTER_ADDR", "MASTER_PORT"):
         if name not in os.environ:
-            raise UserError(
-                f"WORLD_SIZE={topology.world} but no {name} in the environment: start with torchrun"
-            )
+            raise UserError(f"WORLD_SIZE={topology.world} but no {name} in the environment: start with torchrun")
     store, _, _ = next(iter(rendezvous("env://", topology.rank, topology.world, timeout=timeout)))
     store = dist.PrefixStore(f"generation-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     backend = "cpu:gloo,cuda:nccl" if topology.device_type == "cuda" else "gloo"
-    dist.init_process_group(
-        backend, store=store, rank=topology.rank, world_size=topology.world, timeout=timeout
-    )
+    dist.init_process_group(backend, store=store, rank=topology.rank, world_size=topology.world, timeout=timeout)
     return store
 
 

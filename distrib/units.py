@@ -15,9 +15,7 @@ def blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
         declared.update(getattr(module, "_no_split_modules", None) or ())
     found = [(name, module) for name, module in model.named_modules() if declared & _class_names(module)]
     if not found:
-        lists = [
-            (name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)
-        ]
+        lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
         if lists:
             name, longest = max(lists, key=lambda item: len(item[1]))
             found = [(f"{name}.{index}", block) for index, block in longest.named_children()]
@@ -29,9 +27,7 @@ def units(model: nn.Module) -> list[tuple[str, nn.Module]]:
     inside = [name for name, _ in blocks(model)]
     found = []
     for name, module in model.named_modules():
-        if name in inside or (
-            not _inside(name, inside) and next(module.parameters(recurse=False), None) is not None
-        ):
+        if name in inside or (not _inside(name, inside) and next(module.parameters(recurse=False), None) is not None):
             found.append((name, module))
     return found
 

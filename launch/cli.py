@@ -75,16 +75,12 @@ def _run(words: list[str]) -> int:
 
 
 def _parser() -> Parser:
-    parser = Parser(
-        prog="ebbtide", description="Train large language models with memory-efficient backpropagation."
-    )
+    parser = Parser(prog="ebbtide", description="Train large language models with memory-efficient backpropagation.")
     parser.add_argument("--version", action="store_true", help="show the version")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
 
     def command(name: str, help: str, epilog: str | None = None) -> Parser:
-        made: Parser = commands.add_parser(
-            name, help=help, description=help, epilog=epilog, allow_abbrev=False
-        )
+        made: Parser = commands.add_parser(name, help=help, description=help, epilog=epilog, allow_abbrev=False)
         made.add_argument("--json", action="store_true", help="print one JSON object for machines")
         return made
 
@@ -187,9 +183,7 @@ def _train_rank(recipe: Recipe) -> dict[str, Any]:
         import torch
 
         if topology.local_world > (devices := torch.cuda.device_count()):
-            raise UserError(
-                f"{topology.local_world} ranks on a machine with {devices} CUDA devices: start {devices}"
-            )
+            raise UserError(f"{topology.local_world} ranks on a machine with {devices} CUDA devices: start {devices}")
     store = connect(topology)
     return run_ranked(lambda: train(recipe, topology), topology, store)
 
@@ -242,9 +236,7 @@ def _strategies(arguments: argparse.Namespace) -> int:
 
 def _export(arguments: argparse.Namespace) -> int:
     if not arguments.run.is_dir():
-        raise UserError(
-            f"{arguments.run}: no such run folder; give the output_dir of a recipe that was trained"
-        )
+        raise UserError(f"{arguments.run}: no such run folder; give the output_dir of a recipe that was trained")
     from launch.export import export
 
     with redirect_stdout(sys.stderr):

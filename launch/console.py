@@ -38,9 +38,7 @@ def _training(record: Record) -> list[str]:
 def _other(record: Record) -> list[str]:
     """An evaluation: figures by name, texts as they are."""
     return [
-        f"{key.replace('_', ' ')} {value:.4f}"
-        if isinstance(value, float)
-        else f"{key.replace('_', ' ')} {value}"
+        f"{key.replace('_', ' ')} {value:.4f}" if isinstance(value, float) else f"{key.replace('_', ' ')} {value}"
         for key, value in record.items()
         if key not in ("step", "time") and value is not None
     ]

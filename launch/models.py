@@ -146,9 +146,7 @@ def build(recipe: Recipe, config: Any, dtype: torch.dtype | None = None) -> nn.M
     frozen = recipe.lora_r > 0
     base = dtype or (torch.bfloat16 if recipe.bf16 and frozen else torch.float32)
     with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(
-            config, dtype=base, trust_remote_code=recipe.trust_remote_code
-        )
+        model = AutoModelForCausalLM.from_config(config, dtype=base, trust_remote_code=recipe.trust_remote_code)
     model.tie_weights()
     model.config.use_cache = False
     model.name_or_path = _absolute(recipe.model_name_or_path)
@@ -184,7 +182,7 @@ def refuse_packing(config: Any) -> None:
     from transformers import AutoModelForCausalLM
 
     mapping = AutoModelForCausalLM._model_mapping
-    kind = mapping[type(config)] if type(config) in mapping else None
+    kind = mapping.get(type(config), None)
     layers = set(getattr(config, "layer_types", None) or ())
     recurrent = sorted(layers - {"full_attention", "sliding_attention", "chunked_attention"})
     if recurrent or getattr(kind, "_is_stateful", False):
@@ -251,9 +249,7 @@ class Weights:
 
         try:
             patterns = ["*.json", "*.safetensors", "*.model", "*.txt"]
-            return Path(
-                snapshot_download(where, revision=self._recipe.model_revision, allow_patterns=patterns)
-            )
+            return Path(snapshot_download(where, revision=self._recipe.model_revision, allow_patterns=patterns))
         except OSError as error:
             raise UserError(f"model_name_or_path={where!r}: {_one_line(error)}") from None
 

@@ -128,9 +128,7 @@ class Optimizer(Section):
         if self.momentum and self.name not in ("sgd", "rmsprop"):
             raise Refused(f"optimizer.momentum={self.momentum} with {self.name}: only sgd and rmsprop use it")
         if self.betas != (0.9, 0.999) and self.name not in ("adamw", "adam", "nadam", "radam", "adamax"):
-            raise Refused(
-                f"optimizer.betas={list(self.betas)} with {self.name}: only Adam's family uses them"
-            )
+            raise Refused(f"optimizer.betas={list(self.betas)} with {self.name}: only Adam's family uses them")
         return self
 
 
@@ -147,9 +145,7 @@ _Strategies = Annotated[
     Field(min_length=1),
     BeforeValidator(_listed, json_schema_input_type=Text | Strategy | _StrategyList),
 ]
-_Engine = Annotated[
-    Engine, BeforeValidator(_named, json_schema_input_type=Literal["ddp", "fsdp2", "zero"] | Engine)
-]
+_Engine = Annotated[Engine, BeforeValidator(_named, json_schema_input_type=Literal["ddp", "fsdp2", "zero"] | Engine)]
 _Optimizer = Annotated[Optimizer, BeforeValidator(_named, json_schema_input_type=OptimizerName | Optimizer)]
 
 
@@ -257,11 +253,7 @@ class Recipe(Section):
 
 def _model_rules(recipe: Recipe) -> None:
     local = os.path.isdir(recipe.model_name_or_path)
-    if (
-        recipe.trust_remote_code
-        and not local
-        and not re.fullmatch("[0-9a-f]{40}", recipe.model_revision or "")
-    ):
+    if recipe.trust_remote_code and not local and not re.fullmatch("[0-9a-f]{40}", recipe.model_revision or ""):
         raise Refused(
             f"trust_remote_code=true with model_revision={recipe.model_revision or 'null'}: "
             "pin the code to a full commit hash (40 hex digits)"
@@ -275,9 +267,7 @@ def _model_rules(recipe: Recipe) -> None:
 
 def _data_rules(recipe: Recipe) -> None:
     if recipe.packing and recipe.objective.name != "sft":
-        raise Refused(
-            f"packing=true with objective={recipe.objective.name}: only sft packs; set packing=false"
-        )
+        raise Refused(f"packing=true with objective={recipe.objective.name}: only sft packs; set packing=false")
     if recipe.streaming and recipe.max_steps is None:
         raise UserError("streaming=true without max_steps: a stream's length is not known; set max_steps")
     if recipe.eval_steps and not recipe.eval_dataset:
@@ -288,6 +278,4 @@ def _data_rules(recipe: Recipe) -> None:
 
 def _loop_rules(recipe: Recipe) -> None:
     if recipe.warmup_steps and recipe.warmup_ratio:
-        raise UserError(
-            f"warmup_steps={recipe.warmup_steps} and warmup_ratio={recipe.warmup_ratio}: give one of them"
-        )
+        raise UserError(f"warmup_steps={recipe.warmup_steps} and warmup_ratio={recipe.warmup_ratio}: give one of them")

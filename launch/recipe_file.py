@@ -29,9 +29,7 @@ def load_recipe(path: str, overrides: Sequence[str] = ()) -> Recipe:
     """
     tree = parse(_read(path), path)
     if not isinstance(tree, dict):
-        raise UserError(
-            f"{path}: {'is empty' if tree is None else 'is not a mapping'}; a recipe is `key: value` lines"
-        )
+        raise UserError(f"{path}: {'is empty' if tree is None else 'is not a mapping'}; a recipe is `key: value` lines")
     for keys, text in sorted(pairs(overrides), key=_width):
         _set(tree, keys, text)
     try:
@@ -158,9 +156,7 @@ def _entry(here: list[Any], walked: list[str], key: str) -> tuple[Any, list[str]
     """The list's entry at `key`; a list of one needs no index."""
     name = walked[-1]
     if not key.isdecimal() and len(here) != 1:
-        raise UserError(
-            f"{name}.{key}: {name} has {len(here)} entries; choose one by its index, as {name}.0.{key}"
-        )
+        raise UserError(f"{name}.{key}: {name} has {len(here)} entries; choose one by its index, as {name}.0.{key}")
     index = int(key) if key.isdecimal() and len(key) < 10 else 0
     if index >= len(here):
         raise UserError(f"{name}.{key}: {name} has {len(here)} entries, counted from 0")

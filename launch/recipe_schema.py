@@ -76,12 +76,7 @@ def locate(location: Iterable[str | int], root: Node) -> tuple[str, list[Node]]:
         leaves = [leaf for node in nodes for leaf in _branches(node, root)]
         if isinstance(part, int):
             names.append(str(part))
-            nodes = [
-                found
-                for leaf in leaves
-                for found in (leaf.get("items"), *leaf.get("prefixItems", []))
-                if found
-            ]
+            nodes = [found for leaf in leaves for found in (leaf.get("items"), *leaf.get("prefixItems", [])) if found]
         elif inside := [leaf["properties"][part] for leaf in leaves if part in leaf.get("properties", {})]:
             names.append(part)
             nodes = inside
@@ -117,11 +112,7 @@ def explain(error: Mapping[str, Any]) -> UserError:
         known = sorted(
             {name for node in nodes for leaf in _branches(node, root) for name in leaf.get("properties", {})}
         )
-        return (
-            _unknown(above, str(location[-1]), known)
-            if kind == "extra_forbidden"
-            else _missing(above, location)
-        )
+        return _unknown(above, str(location[-1]), known) if kind == "extra_forbidden" else _missing(above, location)
     key, nodes = locate(location, root)
     if kind.startswith("union_tag"):
         names = [tag for node in nodes for leaf in _branches(node, root) if (tag := _tag(leaf))]
@@ -139,16 +130,10 @@ def explain(error: Mapping[str, Any]) -> UserError:
 
 def _unknown(above: str, name: str, known: list[str]) -> UserError:
     key = f"{above}.{name}" if above else name
-    near = (
-        get_close_matches(name, known, n=1, cutoff=0.5) or [option for option in known if name in option][:1]
-    )
+    near = get_close_matches(name, known, n=1, cutoff=0.5) or [option for option in known if name in option][:1]
     hint = f", did you mean {near[0]}?" if near else ""
     choices = (
-        f" (choose {', '.join(known)})"
-        if above
-        else ""
-        if near
-        else " (`ebbtide recipe --schema` lists the keys)"
+        f" (choose {', '.join(known)})" if above else "" if near else " (`ebbtide recipe --schema` lists the keys)"
     )
     return UserError(f"unknown key {shown(key)}{hint}{choices}")
 
@@ -181,9 +166,7 @@ def _table(node: Node, root: Node, section: type[BaseModel]) -> str:
         default = field.get_default()
         written = "required" if field.is_required() else f"`{_written(default)}`"
         accepts = (
-            "a section"
-            if isinstance(default, BaseModel | list) or key == "eval_dataset"
-            else describe(value, root)
+            "a section" if isinstance(default, BaseModel | list) or key == "eval_dataset" else describe(value, root)
         )
         lines.append(f"| `{key}` | {accepts} | {written} | {value.get('description', 'Its name.')} |")
     return "\n".join(lines) + "\n"

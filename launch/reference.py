@@ -64,9 +64,7 @@ def _frozen_copy(recipe: Recipe, config: Any, engine: Engine) -> strategies.Prep
     model.requires_grad_(False)
     plain = [strategies.get("plain")()]
     strategies.edit(model, plain, engine.topology)
-    settings = Settings(
-        optimizer=None, bf16=recipe.bf16, stage=recipe.engine.stage, offload=recipe.engine.offload
-    )
+    settings = Settings(optimizer=None, bf16=recipe.bf16, stage=recipe.engine.stage, offload=recipe.engine.offload)
     weights = Weights(recipe, config, engine.topology)
     copy = make(recipe.engine.name, model, weights.fill, engine.topology, settings)
     return strategies.prepare(model, plain, engine=copy)

@@ -28,9 +28,10 @@ SUPERVISED = "EBBTIDE_SUPERVISED"
 
 
 def launched(env: Mapping[str, str]) -> bool:
-    """Whether torchrun, `accelerate launch` or srun already started this process as one rank of a job."""
+    """Whether torchrun, `accelerate launch` or srun already started this process as one rank of a job. A batch
+    script of SLURM that calls us without srun is one process."""
     tasks = env.get("SLURM_NTASKS", "1")
-    return "RANK" in env or ("SLURM_PROCID" in env and tasks.isdecimal() and int(tasks) > 1)
+    return "RANK" in env or ("SLURM_STEP_ID" in env and tasks.isdecimal() and int(tasks) > 1)
 
 
 def spawn(arguments: Sequence[str], nproc: int) -> int:

@@ -69,9 +69,7 @@ class _Loader(yaml.SafeLoader):
 class _Dumper(yaml.SafeDumper):
     """Quotes what YAML 1.1 or 1.2 would not read back as text; repeats shared values without aliases."""
 
-    yaml_implicit_resolvers = {
-        first: list(found) for first, found in yaml.SafeDumper.yaml_implicit_resolvers.items()
-    }
+    yaml_implicit_resolvers = {first: list(found) for first, found in yaml.SafeDumper.yaml_implicit_resolvers.items()}
 
     def ignore_aliases(self, data: Any) -> bool:
         return True

@@ -109,9 +109,7 @@ def _check_folder(run: Path, recipe: Recipe) -> None:
     if not run.exists() or not any(run.iterdir()):
         return
     if not (run / LOCK).exists():
-        raise UserError(
-            f"output_dir={str(run)!r} is in use, and not by a run (it has no {LOCK}): name another"
-        )
+        raise UserError(f"output_dir={str(run)!r} is in use, and not by a run (it has no {LOCK}): name another")
     if recipe.resume_from_checkpoint is False:
         raise UserError(
             f"output_dir={str(run)!r} holds a run and resume_from_checkpoint=false: name another folder, or go on "
@@ -167,9 +165,7 @@ def _chosen_checkpoint(recipe: Recipe) -> Path | None:
         return None
     chosen = Path(recipe.resume_from_checkpoint)
     if not (chosen / checkpoint.MANIFEST).exists():
-        raise UserError(
-            f"resume_from_checkpoint={str(chosen)!r} is not a checkpoint: name a folder checkpoints/step-N"
-        )
+        raise UserError(f"resume_from_checkpoint={str(chosen)!r} is not a checkpoint: name a folder checkpoints/step-N")
     return chosen
 
 

@@ -23,9 +23,7 @@ TRACED = "aot_eager"
 def packed(rows: list[tuple[list[int], int]]) -> Batch:
     """The rows one after the other, in one."""
     ids = torch.tensor([[token for tokens, _ in rows for token in tokens]])
-    learned = [
-        token if index >= prompt else IGNORE for tokens, prompt in rows for index, token in enumerate(tokens)
-    ]
+    learned = [token if index >= prompt else IGNORE for tokens, prompt in rows for index, token in enumerate(tokens)]
     positions = [index for tokens, _ in rows for index in range(len(tokens))]
     return {"input_ids": ids, "labels": torch.tensor([learned]), "position_ids": torch.tensor([positions])}
 

@@ -94,9 +94,7 @@ def reference(made_from: Recipe, rows: list[tuple[list[int], int]], dtype: torch
     learned = sum(len(tokens) - prompt for tokens, prompt in rows)
     for tokens, prompt in rows:
         logits = model(input_ids=torch.tensor([tokens])).logits[0]
-        (
-            F.cross_entropy(logits[prompt - 1 : -1], torch.tensor(tokens[prompt:]), reduction="sum") / learned
-        ).backward()
+        (F.cross_entropy(logits[prompt - 1 : -1], torch.tensor(tokens[prompt:]), reduction="sum") / learned).backward()
     return {name: p.grad for name, p in model.named_parameters() if p.requires_grad and p.grad is not None}
 
 

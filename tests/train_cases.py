@@ -48,8 +48,7 @@ END = 256
 def answers(count: int) -> list[dict[str, Any]]:
     """Ragged prompts, which are not learned, and completions."""
     return [
-        {"prompt": "ab" * (1 + i % 5), "completion": f"{i * 7919 % 1000} or so" * (1 + i % 3)}
-        for i in range(count)
+        {"prompt": "ab" * (1 + i % 5), "completion": f"{i * 7919 % 1000} or so" * (1 + i % 3)} for i in range(count)
     ]
 
 
@@ -100,11 +99,7 @@ def exact(run: Path) -> list[tuple[Any, ...]]:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 @dataclass(frozen=True)
@@ -127,9 +122,7 @@ def run(made_from: Recipe, world: int = 1, fault: tuple[Any, ...] = (), do: str 
     with _importable():
         for rank in range(world):
             ours, theirs = context.Pipe()
-            process = context.Process(
-                target=_rank, args=(theirs, rank, world, port, do, made_from, fault), daemon=True
-            )
+            process = context.Process(target=_rank, args=(theirs, rank, world, port, do, made_from, fault), daemon=True)
             process.start()
             theirs.close()
             ranks.append((process, ours))
@@ -357,9 +350,7 @@ def leak(topology: Topology) -> None:
     from transformers.models.llama import modeling_llama
 
     mask = modeling_llama.create_causal_mask
-    modeling_llama.create_causal_mask = lambda *args, **kwargs: mask(
-        *args, **{**kwargs, "position_ids": None}
-    )
+    modeling_llama.create_causal_mask = lambda *args, **kwargs: mask(*args, **{**kwargs, "position_ids": None})
 
 
 def peak_while_filling(made_from: Recipe, topology: Topology) -> tuple[int, int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import nn
 
@@ -24,7 +24,7 @@ Fill = Callable[[nn.Module, str], None]
 class Settings:
     """What an engine must know beside the model. `optimizer` is None for a model that is only evaluated."""
 
-    optimizer: OptimizerSpec | None = OptimizerSpec()
+    optimizer: OptimizerSpec | None = field(default_factory=OptimizerSpec)
     bf16: bool = False
     compile: bool = False
     stage: int = 2

@@ -25,9 +25,7 @@ class FSDP2(TorchEngine):
     def _place(self, fill: Fill) -> nn.Module:
         ensure_group(self.topology)
         self._frozen = any(not parameter.requires_grad for parameter in self.model.parameters())
-        self._mesh = init_device_mesh(
-            self.topology.device_type, (self.topology.world,), mesh_dim_names=("data",)
-        )
+        self._mesh = init_device_mesh(self.topology.device_type, (self.topology.world,), mesh_dim_names=("data",))
         names = {name for name, _ in blocks(self.model)}
         ends = _ends(self.model)
         for name, unit in units(self.model):

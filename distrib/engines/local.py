@@ -15,9 +15,7 @@ class Local(TorchEngine):
 
     def __init__(self, model: nn.Module) -> None:
         device = next(model.parameters()).device
-        super().__init__(
-            model, lambda _, __: None, Topology(device_type=device.type), Settings(optimizer=None)
-        )
+        super().__init__(model, lambda _, __: None, Topology(device_type=device.type), Settings(optimizer=None))
 
     def _place(self, fill: Fill) -> nn.Module:
         return self.model

@@ -21,11 +21,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from distrib.engines import Fill, Settings
-from distrib.errors import NotFinite
+from distrib.errors import NotFinite, Refused
 from distrib.topology import Topology, ensure_group
 from distrib.units import blocks, units
 
 TAG = "zero"
+RESHARDED = ("adamw", "adam", "radam")
+"""Optimizers whose state another number of ranks can take over: DeepSpeed's universal form has two moments and a
+count of steps, no more and no less."""
 
 
 class Zero:
@@ -111,7 +114,17 @@ class Zero:
         if shards == self.topology.world:
             self.module.load_checkpoint(str(folder), tag=TAG, load_module_strict=False)
         else:
+            self._check_reshardable(folder, shards)
             self._load_universal(folder)
+
+    def _check_reshardable(self, folder: Path, world: int) -> None:
+        spec = self.settings.optimizer
+        if spec and spec.name not in RESHARDED:
+            raise Refused(
+                f"{folder.parent} was written by {world} ranks, here are {self.topology.world}, and "
+                f"engine.name='zero' reshards {', '.join(RESHARDED)} only, not optimizer.name={spec.name!r}: "
+                f"start {world} ranks"
+            )
 
     def _load_universal(self, folder: Path) -> None:
         """Another number of ranks: rank 0 rewrites the shards parameter by parameter, every rank takes its part."""
@@ -193,16 +206,14 @@ def _import_deepspeed() -> Any:
     """DeepSpeed without its just-in-time builds: neither a compiler nor a GPU is needed to start."""
     # It reads the launcher's variable even when one process was started without a launcher.
     os.environ.setdefault("LOCAL_RANK", "0")
-    warnings.filterwarnings(
-        "ignore", message=r".*torch.distributed.\w+_tensor. is deprecated", category=FutureWarning
-    )
+    warnings.filterwarnings("ignore", message=r".*torch.distributed.\w+_tensor. is deprecated", category=FutureWarning)
     import deepspeed
     from deepspeed.utils import logger
 
     logger.setLevel("ERROR")
     # Even for gloo it would compile a shared-memory all-reduce; a private switch, pinned by a test.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(dist_backend="gloo", verbose=False)
+    deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
     return deepspeed
 
 
@@ -222,9 +233,7 @@ def _place(
         if settings.stage == 3:
             deepspeed.zero.Init(module=unit, config_dict_or_path=config)
     if settings.stage == 3:
-        deepspeed.utils.set_z3_leaf_modules(
-            model, sorted({type(block) for _, block in blocks(model)}, key=str)
-        )
+        deepspeed.utils.set_z3_leaf_modules(model, sorted({type(block) for _, block in blocks(model)}, key=str))
         if any(not parameter.requires_grad for parameter in model.parameters()):
             model.enable_input_require_grads()  # type: ignore[operator]
 

@@ -33,9 +33,7 @@ class Layout:
 
     def batch(self, rows: list[Row], learn: bool = True) -> Batch:
         """The micro-batch of these rows; without `learn` no label is left, and it counts for nothing."""
-        lines = (
-            [_joined(row) for row in rows] if self.packed else [sequence for row in rows for sequence in row]
-        )
+        lines = [_joined(row) for row in rows] if self.packed else [sequence for row in rows for sequence in row]
         shape = (len(lines), max(len(line.tokens) for line in lines))
         tokens, labels = np.full(shape, self.pad, np.int64), np.full(shape, IGNORE, np.int64)
         for index, line in enumerate(lines):
@@ -65,9 +63,7 @@ def _advantages(row: Row) -> torch.Tensor:
     return ((rewards - rewards.mean()) / spread).float()
 
 
-def window(
-    layout: Layout, shares: list[tuple[int, Row]], micro_batches: int, batch: int, filler: Row
-) -> Window:
+def window(layout: Layout, shares: list[tuple[int, Row]], micro_batches: int, batch: int, filler: Row) -> Window:
     """The window of a rank with these (id, row), filled up to `micro_batches`."""
     rows = [row for _, row in shares]
     real = [layout.batch(rows[start : start + batch]) for start in range(0, len(rows), batch)]

@@ -46,9 +46,7 @@ class Chat:
             raise ValueError(f"messages need a fast tokenizer; {type(self.tokenizer).__name__} is not one")
         template = self.tokenizer.chat_template
         if template is None:
-            raise ValueError(
-                "messages need a chat template and the tokenizer has none; use prompt and completion"
-            )
+            raise ValueError("messages need a chat template and the tokenizer has none; use prompt and completion")
         return template if isinstance(template, str) else str(template.get("default", ""))
 
     def _render(self, turns: list[Message], **options: Any) -> Any:

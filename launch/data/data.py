@@ -133,25 +133,19 @@ def open_data(recipe: Recipe, tokenizer: Any, topology: Topology, evaluation: bo
     name = recipe.objective.name
     sources = recipe.eval_dataset if evaluation else recipe.dataset
     if not sources:
-        raise UserError(
-            "eval_dataset=null: an evaluation needs one; choose stdlib, a file, a folder or a hub name"
-        )
+        raise UserError("eval_dataset=null: an evaluation needs one; choose stdlib, a file, a folder or a hub name")
     pad = next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None)
     layout = Layout(name, recipe.packing, pad)
     records = [open_source(source) for source in sources]
     encoders = [Encoder(r.name, name, tokenizer, recipe.max_length) for r in records]
     if recipe.streaming and not evaluation:
-        stream = Stream(
-            list(zip(records, encoders, strict=True)), recipe.packing, recipe.seed, announce=topology.main
-        )
+        stream = Stream(list(zip(records, encoders, strict=True)), recipe.packing, recipe.seed, announce=topology.main)
         return Data(None, layout, stream, [{"name": r.name, "weight": r.weight} for r in records])
     limit = recipe.eval_rows if evaluation else None
     depends_on = {"tokenizer": fingerprint(tokenizer), "objective": name, "max_length": recipe.max_length}
     depends_on |= {"packing": recipe.packing, "limit": limit}
     stored = [
-        stored_rows(
-            r.name, depends_on | {"records": r.fingerprint}, partial(_rows, r, e, recipe.packing, limit)
-        )
+        stored_rows(r.name, depends_on | {"records": r.fingerprint}, partial(_rows, r, e, recipe.packing, limit))
         for r, e in zip(records, encoders, strict=True)
     ]
     if topology.main:
@@ -165,9 +159,7 @@ def open_data(recipe: Recipe, tokenizer: Any, topology: Topology, evaluation: bo
     return Data(len(mixture), layout, Shuffled(stored, recipe.packing, mixture), summaries)
 
 
-def _rows(
-    records: Records, encoder: Encoder, packing: bool, limit: int | None, tally: Tally
-) -> Iterator[Row]:
+def _rows(records: Records, encoder: Encoder, packing: bool, limit: int | None, tally: Tally) -> Iterator[Row]:
     encoder.tally = tally
     rows = encoder.learnable(records.read())
     return islice(pack(rows, encoder.max_length) if packing else rows, limit)
@@ -188,9 +180,7 @@ def _by_turns(sizes: list[int], weights: tuple[float, ...]) -> list[tuple[int, i
 
 def fingerprint(tokenizer: Any) -> str:
     """A hash of all that decides which tokens a text becomes."""
-    backend = (
-        tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else sorted(tokenizer.get_vocab().items())
-    )
+    backend = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else sorted(tokenizer.get_vocab().items())
     parts = [type(tokenizer).__name__, backend, tokenizer.chat_template, tokenizer.special_tokens_map]
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 

@@ -116,9 +116,9 @@ class Encoder:
     def _ids(self, text: Any, what: str) -> list[int]:
         if not isinstance(text, str):
             raise ValueError(f"{what} is {type(text).__name__}, must be a string")
-        ids: list[int] = self.tokenizer(
-            text, add_special_tokens=False, return_attention_mask=False, verbose=False
-        )["input_ids"]
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)[
+            "input_ids"
+        ]
         return ids
 
     def _begun(self, ids: list[int]) -> list[int]:
@@ -172,9 +172,7 @@ class Encoder:
     def _bare_pair(self, chosen: str, rejected: str) -> Row:
         """Without a prompt, the tokens that both texts begin with are given: they cancel in the objective
         anyway."""
-        texts = [
-            self._ended(self._begun(self._ids(text, "chosen or rejected"))) for text in (chosen, rejected)
-        ]
+        texts = [self._ended(self._begun(self._ids(text, "chosen or rejected"))) for text in (chosen, rejected)]
         given = len(_shared(*texts))
         first, second = (self._cut(ids, [index >= given for index in range(len(ids))]) for ids in texts)
         return first, second
@@ -182,17 +180,13 @@ class Encoder:
     def _group(self, record: Record) -> Row:
         completions, rewards = record["completions"], record["rewards"]
         if not isinstance(completions, list) or not isinstance(rewards, list) or not completions:
-            raise ValueError(
-                "completions and rewards must be lists with one entry a completion, at least one"
-            )
+            raise ValueError("completions and rewards must be lists with one entry a completion, at least one")
         if len(completions) != len(rewards):
             raise ValueError(f"{len(completions)} completions but {len(rewards)} rewards: must be as many")
         for reward in rewards:
             if isinstance(reward, bool | str) or reward is None or not np.isfinite(reward):
                 raise ValueError(f"reward {reward!r} must be a finite number")
-        return tuple(
-            self._answer(record["prompt"], c, float(r)) for c, r in zip(completions, rewards, strict=True)
-        )
+        return tuple(self._answer(record["prompt"], c, float(r)) for c, r in zip(completions, rewards, strict=True))
 
 
 def _messages(value: Any, role: str) -> list[Message]:

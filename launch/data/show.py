@@ -85,9 +85,7 @@ def stop_tokens(tokenizer: Any) -> set[int]:
 def _stop_warnings(tokenizer: Any, sequences: list[Sequence], max_length: int) -> list[str]:
     """Where every sequence is cut at max_length, none shows how it ends, and nothing is said."""
     stops = stop_tokens(tokenizer)
-    names = (
-        ", ".join(tokenizer.convert_ids_to_tokens(sorted(stops))) or "none, the tokenizer names no end token"
-    )
+    names = ", ".join(tokenizer.convert_ids_to_tokens(sorted(stops))) or "none, the tokenizer names no end token"
     there = {int(token) for sequence in sequences for token in sequence.tokens}
     learned = {int(token) for sequence in sequences for token in sequence.tokens[sequence.learned]}
     if stops & learned or all(len(sequence.tokens) == max_length for sequence in sequences):
@@ -100,9 +98,7 @@ def _print_row(row_id: int, row: Row, tokenizer: Any, rewarded: bool) -> None:
     for index, sequence in enumerate(row):
         part = f", sequence {index + 1} of {len(row)}" if len(row) > 1 else ""
         reward = f", reward {sequence.reward:g}" if rewarded else ""
-        print(
-            f"--- row {row_id}{part}: {len(sequence.tokens)} tokens, {sequence.learned.sum()} learned{reward}"
-        )
+        print(f"--- row {row_id}{part}: {len(sequence.tokens)} tokens, {sequence.learned.sum()} learned{reward}")
         print(_marked(sequence, tokenizer))
 
 

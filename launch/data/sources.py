@@ -54,9 +54,7 @@ def open_source(source: Source) -> Records:
     if source.name == "stdlib":
         _only_whole(source, "a built-in set")
         root = Path(sysconfig.get_paths()["stdlib"])
-        files = [
-            file for file in _files(root, (".py",)) if not _NOT_LIBRARY & set(file.relative_to(root).parts)
-        ]
+        files = [file for file in _files(root, (".py",)) if not _NOT_LIBRARY & set(file.relative_to(root).parts)]
         return _records(source, _stamp(root, files), lambda: _texts(files))
     if path.is_file():
         _only_whole(source, "a single file")
@@ -76,13 +74,9 @@ def _choices() -> str:
 def _only_whole(source: Source, what: str) -> None:
     for key, value, default in (("split", source.split, "train"), ("subset", source.subset, None)):
         if value != default:
-            raise UserError(
-                f"dataset={source.name!r}: {key}={value!r}, but {what} has no {key}s; leave {key} out"
-            )
+            raise UserError(f"dataset={source.name!r}: {key}={value!r}, but {what} has no {key}s; leave {key} out")
     if source.revision is not None:
-        raise UserError(
-            f"dataset={source.name!r}: revision={source.revision!r} is for hub names; leave it out"
-        )
+        raise UserError(f"dataset={source.name!r}: revision={source.revision!r} is for hub names; leave it out")
 
 
 def _records(source: Source, fingerprint: str, read: Callable[[], Iterator[Record]]) -> Records:
@@ -129,9 +123,7 @@ def _file(source: Source, path: Path) -> Records:
         return _records(source, stamp, lambda: _load("parquet", data_files=str(path)))
     if suffix in TEXT_SUFFIXES:
         return _records(source, stamp, lambda: _texts([path]))
-    raise UserError(
-        f"dataset={source.name!r}: {path.suffix or 'no suffix'!r} is no known kind of file; {_choices()}"
-    )
+    raise UserError(f"dataset={source.name!r}: {path.suffix or 'no suffix'!r} is no known kind of file; {_choices()}")
 
 
 def _folder(source: Source, path: Path) -> Records:

@@ -85,9 +85,7 @@ class Stream:
                 last = max(last, first + index + 1)
                 yield first + index, row
             if last == first:
-                raise UserError(
-                    f"dataset={self.sources[source][0].name!r} has no loss tokens: no sample is learned"
-                )
+                raise UserError(f"dataset={self.sources[source][0].name!r} has no loss tokens: no sample is learned")
             first = last
 
     def _pass(self, source: int) -> Iterator[LazyRow]:

@@ -56,9 +56,7 @@ def edits(model: nn.Module) -> Iterator[Wrap]:
     heads = _candidates(outer)
     for head in heads:
         if original_class(head) is not nn.Linear:
-            raise Refused(
-                f"the output head is {_kind(head)}: only a plain nn.Linear is exact (take LoRA off the head)"
-            )
+            raise Refused(f"the output head is {_kind(head)}: only a plain nn.Linear is exact (take LoRA off the head)")
     names = {id(module): name for name, module in model.named_modules()}
     settings = {"_ebbtide_identity": is_identity(model, outer, heads[0].out_features)}
     yield Wrap("", CausalLM, settings, must_run=False)
@@ -167,9 +165,7 @@ class CausalLM:
         batch = {name: value for name, value in given.items() if value is not None}
         total = weight if weight is not None else num_items_in_batch
         scale = _inverse(objective.weight(batch) if total is None else total)
-        request = Request(
-            find_tokens(labels, shift_labels), learned(batch).shape, objective, batch, scale, self
-        )
+        request = Request(find_tokens(labels, shift_labels), learned(batch).shape, objective, batch, scale, self)
         # A cache is of no use to a loss, and with one Transformers does not separate packed documents.
         kwargs.setdefault("use_cache", False)
         loss, output = _ask(self, request, lambda: forward(*args, return_dict=True, **kwargs))
@@ -193,18 +189,14 @@ def _inverse(total: float | Tensor) -> float | Tensor:
 def _ask(model: nn.Module, request: Request, forward: Any) -> tuple[Tensor, Any]:
     head = _live(_output_head(model))
     if WRAPPED not in vars(head):
-        raise Refused(
-            f"the output head became {_kind(head)} after `prepare`: only a plain nn.Linear is exact"
-        )
+        raise Refused(f"the output head became {_kind(head)} after `prepare`: only a plain nn.Linear is exact")
     vars(head)[_REQUEST] = request
     try:
         output = forward()
     finally:
         vars(head).pop(_REQUEST, None)
     if request.loss is None:
-        raise RuntimeError(
-            f"{type(model).__name__} made its logits without calling its head; the loss is not known"
-        )
+        raise RuntimeError(f"{type(model).__name__} made its logits without calling its head; the loss is not known")
     return request.loss + output.logits.sum(), output
 
 

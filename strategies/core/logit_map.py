@@ -85,9 +85,7 @@ def logit_map(model: nn.Module, head: nn.Module) -> LogitMap:
 
 def is_identity(model: nn.Module, head: nn.Module, vocabulary: int) -> bool:
     """Probe the map with logits of many sizes; Refused when a row's result depends on other rows."""
-    rows = [
-        scale * torch.randn(vocabulary, generator=torch.Generator().manual_seed(0)) for scale in (1e-3, 1, 40)
-    ]
+    rows = [scale * torch.randn(vocabulary, generator=torch.Generator().manual_seed(0)) for scale in (1e-3, 1, 40)]
     given_CV = torch.stack([*rows, rows[1].flip(0)])
     order = torch.tensor([2, 3, 1, 0])
     run = logit_map(model, head)
@@ -96,11 +94,7 @@ def is_identity(model: nn.Module, head: nn.Module, vocabulary: int) -> bool:
             mapped_CV, turned_CV, alone_1V = run(given_CV), run(given_CV[order]), run(given_CV[:1])
     except Exception as error:
         raise Refused(f"{type(model).__name__}: cannot tell what it does after its head ({error})") from error
-    rowwise = mapped_CV.shape == given_CV.shape and torch.allclose(
-        turned_CV, mapped_CV[order], rtol=1e-6, atol=0
-    )
+    rowwise = mapped_CV.shape == given_CV.shape and torch.allclose(turned_CV, mapped_CV[order], rtol=1e-6, atol=0)
     if not rowwise or not torch.allclose(alone_1V, mapped_CV[:1], rtol=1e-6, atol=0):
-        raise Refused(
-            f"{type(model).__name__}: what it does after its head mixes positions, which is not supported"
-        )
+        raise Refused(f"{type(model).__name__}: what it does after its head mixes positions, which is not supported")
     return torch.equal(mapped_CV, given_CV)

@@ -52,8 +52,7 @@ class Stats:
         """Tokens [start, stop) of these."""
         whole = {f.name: getattr(self, f.name) for f in fields(self)}
         cut: dict[str, Any] = {
-            name: value if value is None or name == "lengths_B" else value[start:stop]
-            for name, value in whole.items()
+            name: value if value is None or name == "lengths_B" else value[start:stop] for name, value in whole.items()
         }
         return Stats(**cut)
 

@@ -65,9 +65,7 @@ def _measured(work: Work, hidden_BTD: Tensor) -> dict[str, Tensor]:
 
 class _Fused(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, hidden_BTD: Tensor, weight_VD: Tensor, bias_V: Any, work: Work, terms: Terms
-    ) -> Any:
+    def forward(ctx: Any, hidden_BTD: Tensor, weight_VD: Tensor, bias_V: Any, work: Work, terms: Terms) -> Any:
         inputs = _prepared(work, hidden_BTD)
         gradients = Gradients(work, inputs, ctx.needs_input_grad)
         loss = hidden_BTD.new_zeros((), dtype=work.exact_dtype)
@@ -82,9 +80,7 @@ class _Fused(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, by_loss: Tensor, _: Tensor) -> Any:
         if ctx.gradients is None:
-            raise RuntimeError(
-                "the loss was differentiated twice; its gradients were handed over the first time"
-            )
+            raise RuntimeError("the loss was differentiated twice; its gradients were handed over the first time")
         gradients, ctx.gradients = ctx.gradients, None
         # Asking an accelerator for the value would make the host wait for it.
         if by_loss.device.type != "cpu" or by_loss.item() != 1:
@@ -93,9 +89,7 @@ class _Fused(torch.autograd.Function):
         return *gradients, None, None
 
 
-def _differentiate(
-    work: Work, terms: Terms, start: int, values: dict[str, Tensor]
-) -> tuple[Tensor, dict[str, Tensor]]:
+def _differentiate(work: Work, terms: Terms, start: int, values: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
     """The objective over one chunk's statistics and its gradient by each of them."""
     leaves = {name: values[name].detach().requires_grad_() for name in work.names}
     with torch.enable_grad():

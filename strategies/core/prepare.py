@@ -42,9 +42,7 @@ def edit(model: nn.Module, strategies: Sequence[Strategy], topology: Topology | 
     if earlier == tuple(strategies):
         return
     if earlier is not None:
-        raise Refused(
-            f"the model is already prepared for {', '.join(map(name_of, earlier))}: undo that first"
-        )
+        raise Refused(f"the model is already prepared for {', '.join(map(name_of, earlier))}: undo that first")
     check(strategies, inner.config, topology)
     owned: list[tuple[str, Edit]] = [(head.OWNER, wrap) for wrap in head.edits(inner)]
     for strategy in strategies:
@@ -79,9 +77,7 @@ def prepare(
     edit(model, strategies, None if engine is None else engine.topology)
     objective = SFT() if objective is None else objective
     engine = Local(model) if engine is None else engine
-    supplied = [
-        step for strategy in strategies if (step := strategy.step(model, engine, objective)) is not None
-    ]
+    supplied = [step for strategy in strategies if (step := strategy.step(model, engine, objective)) is not None]
     return Prepared(model, supplied[0] if supplied else PlainStep(engine, objective), engine, objective)
 
 

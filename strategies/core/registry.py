@@ -40,9 +40,7 @@ def get(name: str) -> type[Strategy]:
     entries = _entries()
     if name in _files():
         if name in entries:
-            raise UserError(
-                f"strategy={name!r} is built in and also comes from {entries[name].value}: rename that one"
-            )
+            raise UserError(f"strategy={name!r} is built in and also comes from {entries[name].value}: rename that one")
         module = importlib.import_module(f"strategies.{name}")
         own = [x for x in vars(module).values() if _is_strategy(x) and x.__module__ == module.__name__]
         if len(own) != 1:
@@ -54,9 +52,7 @@ def get(name: str) -> type[Strategy]:
     try:
         loaded = entries[name].load()
     except Exception as error:
-        raise UserError(
-            f"strategy={name!r}: its entry point {entries[name].value} does not load ({error})"
-        ) from error
+        raise UserError(f"strategy={name!r}: its entry point {entries[name].value} does not load ({error})") from error
     if not _is_strategy(loaded):
         raise UserError(f"strategy={name!r}: its entry point {entries[name].value} is not a Strategy class")
     return loaded  # type: ignore[no-any-return]
@@ -94,9 +90,7 @@ def _build(name: str, kind: type[Strategy], given: dict[str, Any]) -> Strategy:
                 raise UserError(f"strategy.{key}={value!r}: {name} has no fields")
             raise choose(f"{name}'s field", key, types)
         given[key] = _typed(f"strategy.{key}", value, types[key], defaults[key])
-    missing = [
-        key for key, default in defaults.items() if default is dataclasses.MISSING and key not in given
-    ]
+    missing = [key for key, default in defaults.items() if default is dataclasses.MISSING and key not in given]
     if missing:
         raise UserError(f"strategy={name!r} needs strategy.{missing[0]}")
     try:
@@ -122,9 +116,7 @@ def check(strategies: Sequence[Strategy], config: Any, topology: Topology, compi
         raise UserError(f"strategy=[]: choose at least one of {', '.join(names())}")
     beyond_text = [name for name in _TEXT_ONLY if getattr(config, name, None)]
     if beyond_text:
-        raise Refused(
-            f"model type {config.model_type!r} has {beyond_text[0]}: only decoder-only text models train"
-        )
+        raise Refused(f"model type {config.model_type!r} has {beyond_text[0]}: only decoder-only text models train")
     executors = [name_of(strategy) for strategy in strategies if overrides(strategy, "step")]
     if len(executors) > 1:
         raise Refused(f"strategies {' and '.join(executors)} each run the whole step: use one of them")

@@ -103,9 +103,7 @@ def _mapped(work: Work, logits_CV: Tensor) -> tuple[Tensor, Tensor]:
         return leaf_CV, work.logit_map(leaf_CV)
 
 
-def _measure(
-    names: tuple[str, ...], mapped_CV: Tensor, logprob_CV: Tensor, target_C: Tensor
-) -> dict[str, Tensor]:
+def _measure(names: tuple[str, ...], mapped_CV: Tensor, logprob_CV: Tensor, target_C: Tensor) -> dict[str, Tensor]:
     values = {"logprob": logprob_CV.gather(1, target_C[:, None])[:, 0]}
     if "logsumexp" in names:
         values["logsumexp"] = mapped_CV.detach().gather(1, target_C[:, None])[:, 0] - values["logprob"]
@@ -147,9 +145,7 @@ class Gradients:
     """Sums of the chunks' gradients: hidden states in their own precision, weight and bias in float32 at
     least."""
 
-    def __init__(
-        self, work: Work, inputs: tuple[Tensor, Tensor, Tensor | None], wanted: tuple[bool, ...]
-    ) -> None:
+    def __init__(self, work: Work, inputs: tuple[Tensor, Tensor, Tensor | None], wanted: tuple[bool, ...]) -> None:
         hidden_ND, weight_VD, bias_V = inputs
         self.dtype = work.exact_dtype
         self.hidden_ND = torch.zeros_like(hidden_ND) if wanted[0] else None
@@ -171,9 +167,7 @@ class Gradients:
             self.weight_VD.addmm_(gradient_CV.to(self.dtype).t(), hidden_CD.to(self.dtype))
             return
         # bfloat16 factors, float32 sums; in slabs, so that the products before they are added stay small.
-        slabs = zip(
-            torch.split(self.weight_VD, SLAB_ROWS), torch.split(gradient_CV, SLAB_ROWS, 1), strict=True
-        )
+        slabs = zip(torch.split(self.weight_VD, SLAB_ROWS), torch.split(gradient_CV, SLAB_ROWS, 1), strict=True)
         for weight_SD, gradient_CS in slabs:
             weight_SD += torch.mm(gradient_CS.t(), hidden_CD, out_dtype=self.dtype)
 

@@ -30,9 +30,7 @@ KINDS = ("full", "tied", "lora")
 
 def tolerance(factory: Factory) -> float:
     """Relative, in float64."""
-    assert factory().fidelity is Fidelity.EXACT, (
-        "state here how a strategy that is not exact is held to its bound"
-    )
+    assert factory().fidelity is Fidelity.EXACT, "state here how a strategy that is not exact is held to its bound"
     return 1e-12
 
 
@@ -170,9 +168,7 @@ def prepares_twice(factory: Factory) -> None:
     second = strategies.prepare(model, [factory()])
     second(batches)
     assert reference.difference(gradients_of(model), wanted.gradients) < tolerance(factory)
-    with pytest.raises(
-        Refused, match=f"already prepared for {strategies.name_of(factory())}: undo that first"
-    ):
+    with pytest.raises(Refused, match=f"already prepared for {strategies.name_of(factory())}: undo that first"):
         strategies.prepare(model, [Other()])
     first.undo()
     strategies.prepare(model, [Other()])

@@ -71,9 +71,7 @@ class LocalWeightStep(PlainStep):
     def __call__(self, micro_batches, context):
         mean = len(micro_batches)
         parts = [
-            super(LocalWeightStep, self).__call__(
-                [b], replace(context, weight=self.objective.weight(b) * mean or 1)
-            )
+            super(LocalWeightStep, self).__call__([b], replace(context, weight=self.objective.weight(b) * mean or 1))
             for b in micro_batches
         ]
         return replace(parts[0], loss=sum(p.loss for p in parts), tokens=sum(p.tokens for p in parts))
@@ -132,9 +130,7 @@ UNHARMED = {
 }
 
 
-@pytest.mark.parametrize(
-    ("strategy", "name"), [(s, name) for s, names in WRONG.items() for name in sorted(names)]
-)
+@pytest.mark.parametrize(("strategy", "name"), [(s, name) for s, names in WRONG.items() for name in sorted(names)])
 def test_a_wrong_strategy_fails(strategy, name):
     with pytest.raises((AssertionError, UserError)):
         CHECKS[name](strategy)

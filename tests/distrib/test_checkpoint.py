@@ -79,9 +79,7 @@ def test_what_is_left_behind_goes_and_what_others_put_there_stays(tmp_path: Path
     assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"step-2", "step-4", copy.name}
 
 
-@pytest.mark.parametrize(
-    "text", ["", "{", "[]", '{"progress": {}}', json.dumps({"progress": {"pace": 1}, "world": 1})]
-)
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"progress": {}}', json.dumps({"progress": {"pace": 1}, "world": 1})])
 def test_a_manifest_that_cannot_be_read_is_named(tmp_path: Path, text: str) -> None:
     (tmp_path / MANIFEST).write_text(text)
     with pytest.raises(UserError, match="is not a checkpoint that can be read") as caught:

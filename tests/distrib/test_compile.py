@@ -27,9 +27,7 @@ from launch.models import load_config
 from strategies import Strategy
 
 # torch's own tracing asks for what torch warns of.
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"
-)
+pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs g++ on a CPU")
 MODELS: dict[str, dict[str, Any]] = {"full": {}, "lora": {"lora_r": 4}}
 DROPOUT = {"config_overrides": {"attention_dropout": 0.3}, "lora_r": 4, "lora_dropout": 0.3}
@@ -58,9 +56,7 @@ def shares(world: int) -> list[list[Batch]]:
         pytest.param("ddp", "full", marks=pytest.mark.slow),
     ],
 )
-def test_two_ranks_with_traced_blocks_give_the_gradients_of_autograd(
-    two_ranks: Ranks, engine: str, model: str
-) -> None:
+def test_two_ranks_with_traced_blocks_give_the_gradients_of_autograd(two_ranks: Ranks, engine: str, model: str) -> None:
     made_from = recipe(engine=engine, compile=True, **MODELS[model])
     expected = reference(recipe(**MODELS[model]), ROWS, torch.float32)
     for found, graphs in two_ranks("compile_cases:step_gradients", made_from, shares(2), TRACED):
@@ -82,9 +78,7 @@ def test_built_blocks_give_the_gradients_of_autograd() -> None:
 @pytest.mark.parametrize("world", [1, 2])
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
-def test_built_blocks_on_every_engine(
-    two_ranks: Ranks, engine: str, model: str, world: int, bf16: bool
-) -> None:
+def test_built_blocks_on_every_engine(two_ranks: Ranks, engine: str, model: str, world: int, bf16: bool) -> None:
     made_from = recipe(engine=engine, bf16=bf16, **MODELS[model])
     compiled = made_from.model_copy(update={"compile": True})
     expected = reference(recipe(**MODELS[model]), ROWS, torch.float32)
@@ -145,9 +139,7 @@ def test_zero_refuses_before_anything_is_built() -> None:
 def test_a_missing_compiler_is_said_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
-    with pytest.raises(
-        Refused, match=r"compile=true without a compiler \(CXX=None\): install g\+\+, set CXX"
-    ):
+    with pytest.raises(Refused, match=r"compile=true without a compiler \(CXX=None\): install g\+\+, set CXX"):
         check("ddp", Settings(compile=True), Topology())
     with pytest.raises(Refused, match=r"\(CC=None\): install gcc, set CC, or set compile=false"):
         check("ddp", Settings(compile=True), replace(Topology(), device_type="cuda"))

@@ -206,9 +206,7 @@ def test_the_preflight_runs_the_longest_rows_without_a_trace(tmp_path: Path) -> 
 def test_resuming_with_another_batch_or_engine_is_refused_before_it_loads(tmp_path: Path) -> None:
     Case(plan(tmp_path)).run()
     other = Case(plan(tmp_path, global_batch=8, steps=8))
-    with pytest.raises(
-        UserError, match=r"global batch is 8 rows, .* was trained with 4: .* set global_batch_size"
-    ):
+    with pytest.raises(UserError, match=r"global batch is 8 rows, .* was trained with 4: .* set global_batch_size"):
         other.run()
     other = Case(plan(tmp_path, steps=8))
     other.engine.name = "zero"

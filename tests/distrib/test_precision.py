@@ -6,7 +6,6 @@ bfloat16 has 8 bits; a step's loss and gradients go through a few dozen rounding
 from __future__ import annotations
 
 import pytest
-import torch
 from engine_cases import gathered, make_engine, padded, ragged_rows, recipe
 from torch import Tensor
 

@@ -10,7 +10,13 @@ from distrib.errors import UserError
 from distrib.topology import Topology, connect, read_environment
 
 NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-SLURM = {"SLURM_PROCID": "5", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1", "SLURM_JOB_ID": "123456"}
+SLURM = {
+    "SLURM_STEP_ID": "0",
+    "SLURM_PROCID": "5",
+    "SLURM_NTASKS": "8",
+    "SLURM_LOCALID": "1",
+    "SLURM_JOB_ID": "123456",
+}
 
 
 @pytest.fixture
@@ -41,9 +47,11 @@ def test_torchrun_and_accelerate(environment: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("more", "address", "local_world"),
     [
-        ({"SLURM_LAUNCH_NODE_IPADDR": "10.0.0.1", "SLURM_NTASKS_PER_NODE": "4"}, "10.0.0.1", 4),
-        ({"MASTER_ADDR": "first", "SLURM_NTASKS_PER_NODE": "4(x2)"}, "first", 4),
-        ({"SLURM_NODELIST": "node7,node8"}, "node7", 1),
+        ({"SLURM_LAUNCH_NODE_IPADDR": "10.0.0.1"}, "10.0.0.1", 8),
+        ({"SLURM_LAUNCH_NODE_IPADDR": "10.0.0.1", "SLURM_NODELIST": "node7,node8"}, "node7", 8),
+        ({"MASTER_ADDR": "first", "SLURM_TASKS_PER_NODE": "4(x2)", "SLURM_NODEID": "1"}, "first", 4),
+        ({"SLURM_NODELIST": "gpu[007-011,20],cpu1", "SLURM_TASKS_PER_NODE": "3,5", "SLURM_NODEID": "1"}, "gpu007", 5),
+        ({"SLURM_NODELIST": "a1", "SLURM_STEP_NODELIST": "r[2,4]n[03-04].x", "SLURM_NODEID": "0"}, "r2n03.x", 8),
     ],
 )
 def test_srun_sets_what_torchrun_would(
@@ -58,8 +66,15 @@ def test_srun_sets_what_torchrun_would(
 
 
 def test_a_single_task_of_slurm_is_one_process(environment: pytest.MonkeyPatch) -> None:
-    environment.setitem(os.environ, "SLURM_PROCID", "0")
-    environment.setitem(os.environ, "SLURM_NTASKS", "1")
+    for name, value in {**SLURM, "SLURM_PROCID": "0", "SLURM_NTASKS": "1"}.items():
+        environment.setitem(os.environ, name, value)
+    assert read_environment().world == 1
+
+
+def test_a_batch_script_without_srun_is_one_process(environment: pytest.MonkeyPatch) -> None:
+    for name, value in {**SLURM, "SLURM_PROCID": "0"}.items():
+        environment.setitem(os.environ, name, value)
+    environment.delitem(os.environ, "SLURM_STEP_ID")
     assert read_environment().world == 1
 
 
@@ -71,9 +86,7 @@ def test_a_single_task_of_slurm_is_one_process(environment: pytest.MonkeyPatch) 
         ({"RANK": "-1", "WORLD_SIZE": "4"}, "RANK=-1 with WORLD_SIZE=4"),
     ],
 )
-def test_a_broken_environment_is_said(
-    environment: pytest.MonkeyPatch, values: dict[str, str], said: str
-) -> None:
+def test_a_broken_environment_is_said(environment: pytest.MonkeyPatch, values: dict[str, str], said: str) -> None:
     for name, value in values.items():
         environment.setitem(os.environ, name, value)
     with pytest.raises(UserError, match=said):
@@ -82,7 +95,5 @@ def test_a_broken_environment_is_said(
 
 @pytest.mark.usefixtures("environment")
 def test_ranks_without_an_address_are_refused() -> None:
-    with pytest.raises(
-        UserError, match="WORLD_SIZE=2 but no MASTER_ADDR in the environment: start with torchrun"
-    ):
+    with pytest.raises(UserError, match="WORLD_SIZE=2 but no MASTER_ADDR in the environment: start with torchrun"):
         connect(Topology(rank=0, world=2))

@@ -33,9 +33,7 @@ def untouched_environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     os.environ.update(before)
 
 
-def command(
-    *words: str, env: dict[str, str] | None = None, cwd: Path = ROOT
-) -> subprocess.CompletedProcess[str]:
+def command(*words: str, env: dict[str, str] | None = None, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
     known = {**os.environ, "PYTHONPATH": str(ROOT), **(env or {})}
     return subprocess.run(
         [sys.executable, "-P", "-m", "launch", *words],
@@ -57,13 +55,8 @@ def stub(monkeypatch: pytest.MonkeyPatch, module: str, **names: Any) -> None:
 @pytest.mark.parametrize("words", [["--help"], ["train", "--help"], ["--version"], ["recipe", "--schmea"]])
 def test_help_and_mistakes_answer_without_heavy_imports(words: list[str]) -> None:
     heavy = ("torch", "transformers", "datasets", "numpy", *(["pydantic"] if "recipe" not in words else []))
-    code = (
-        "import sys; from launch import cli; cli.main(sys.argv[1:]); "
-        f"print(sorted(set({heavy}) & set(sys.modules)))"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code, *words], capture_output=True, text=True, cwd=ROOT, timeout=60
-    )
+    code = f"import sys; from launch import cli; cli.main(sys.argv[1:]); print(sorted(set({heavy}) & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, cwd=ROOT, timeout=60)
     assert done.stdout.splitlines()[-1] == "[]", done.stdout + done.stderr
 
 

@@ -38,10 +38,7 @@ def test_values_that_are_no_numbers_are_shown_as_such() -> None:
 
 
 def test_an_evaluation_line_names_its_figures() -> None:
-    assert (
-        line({"step": 10, "eval_loss": 5.0, "rows": 64, "time": 1.0}, 20)
-        == "step 10/20  eval loss 5.0000  rows 64"
-    )
+    assert line({"step": 10, "eval_loss": 5.0, "rows": 64, "time": 1.0}, 20) == "step 10/20  eval loss 5.0000  rows 64"
 
 
 def test_plain_lines_where_there_is_no_terminal() -> None:

@@ -234,20 +234,14 @@ def test_a_killed_build_is_not_taken_for_a_complete_one(builder, tmp_path, root)
 def test_a_cache_that_cannot_be_written_is_said(tmp_path, monkeypatch, texts):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("EBBTIDE_CACHE", str(tmp_path / "file" / "cache"))
-    with pytest.raises(
-        UserError, match=r"^EBBTIDE_CACHE='.*/file/cache' cannot be written \(Not a directory\)"
-    ):
+    with pytest.raises(UserError, match=r"^EBBTIDE_CACHE='.*/file/cache' cannot be written \(Not a directory\)"):
         content(texts)
 
 
 def test_a_set_that_teaches_nothing_is_said(tmp_path, root):
     path = tmp_path / "a.jsonl"
-    path.write_text(
-        '{"prompt": "a long question", "completion": "b"}\n{"prompt": "abcde", "completion": "b"}\n'
-    )
-    with pytest.raises(
-        UserError, match=r"has no loss tokens: nothing is learned in its 2 samples \(2 were cut"
-    ):
+    path.write_text('{"prompt": "a long question", "completion": "b"}\n{"prompt": "abcde", "completion": "b"}\n')
+    with pytest.raises(UserError, match=r"has no loss tokens: nothing is learned in its 2 samples \(2 were cut"):
         content(path, max_length=4)
     assert [item for item in root.iterdir() if item.suffix != ".lock"] == []
 

@@ -110,9 +110,7 @@ def test_begin_of_text_comes_once(merging, text):
 def test_the_prompt_keeps_its_own_tokens(merging, prompt, completion):
     """Joined, "a" + "b" would be one token; at inference the prompt stands alone."""
     assert len(merging("ab")["input_ids"]) == 2
-    (sequence,) = only(
-        Encoder("set", "sft", merging, 99).rows({"prompt": prompt, "completion": completion}, 0)
-    )
+    (sequence,) = only(Encoder("set", "sft", merging, 99).rows({"prompt": prompt, "completion": completion}, 0))
     given = sequence.tokens[~sequence.learned].tolist()
     assert given == merging(prompt)["input_ids"]
     learned = sequence.tokens[sequence.learned].tolist()
@@ -139,9 +137,7 @@ def test_messages_with_generation_marks():
 
 def test_marks_cover_the_last_character_to_its_last_byte():
     template = "{% for m in messages %}[{% generation %}{{ m.content }}{% endgeneration %}]{% endfor %}"
-    (sequence,) = only(
-        encoder(template=template).rows({"messages": [{"role": "assistant", "content": "日本"}]}, 0)
-    )
+    (sequence,) = only(encoder(template=template).rows({"messages": [{"role": "assistant", "content": "日本"}]}, 0))
     assert shown(sequence) == [(False, [*b"["]), (True, [*"日本".encode()]), (False, [*b"]"])]
 
 

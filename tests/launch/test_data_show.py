@@ -125,9 +125,7 @@ def test_texts_that_are_all_cut_show_no_end_to_warn_of(tmp_path):
     assert shown(tmp_path, [cut], max_length=4)["warnings"] == []
     unended = {"messages": [{"role": "user", "content": "a"}]}
     tokenizer = byte_tokenizer()
-    tokenizer.chat_template = (
-        "{% for m in messages %}{% generation %}{{ m.content }}b{% endgeneration %}{% endfor %}"
-    )
+    tokenizer.chat_template = "{% for m in messages %}{% generation %}{{ m.content }}b{% endgeneration %}{% endfor %}"
     assert len(shown(tmp_path, [cut, unended], max_length=4, tokenizer=tokenizer)["warnings"]) == 1
 
 

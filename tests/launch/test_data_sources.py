@@ -133,15 +133,11 @@ def test_a_hub_name_is_read_at_its_revision(monkeypatch):
     commits = iter(["first", "first", "second"])
     asked = []
     monkeypatch.setattr(datasets, "load_dataset_builder", lambda *a, **k: SimpleNamespace(hash=next(commits)))
-    monkeypatch.setattr(
-        datasets, "load_dataset", lambda *a, **k: asked.append((a, k)) or iter([{"text": "a"}])
-    )
+    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: asked.append((a, k)) or iter([{"text": "a"}]))
     source = Source(name="someone/set", subset="en", split="validation", revision="v1")
     opened = [open_source(source) for _ in range(3)]
     assert list(opened[0].read()) == [{"text": "a"}]
-    assert asked == [
-        (("someone/set",), {"name": "en", "split": "validation", "revision": "v1", "streaming": True})
-    ]
+    assert asked == [(("someone/set",), {"name": "en", "split": "validation", "revision": "v1", "streaming": True})]
     assert opened[0].fingerprint == opened[1].fingerprint != opened[2].fingerprint
 
 
@@ -162,9 +158,7 @@ def test_a_hub_name_out_of_reach_is_one_line(tmp_path):
         text=True,
         check=True,
     )
-    assert done.stdout.startswith(
-        "dataset='someone/set': no such file or folder, and not to be had from the hub ("
-    )
+    assert done.stdout.startswith("dataset='someone/set': no such file or folder, and not to be had from the hub (")
     assert done.stdout.endswith("or a hub name\n")
     assert done.stdout.count("\n") == 1
     assert done.stderr == ""

@@ -39,9 +39,7 @@ def streamed(dataset, **fields):
 
 
 def plain(rows):
-    return [
-        (row_id, [(s.tokens.tolist(), s.learned.tolist(), s.reward) for s in row]) for row_id, row in rows
-    ]
+    return [(row_id, [(s.tokens.tolist(), s.learned.tolist(), s.reward) for s in row]) for row_id, row in rows]
 
 
 def numbers(rows):

@@ -100,9 +100,7 @@ def test_every_rank_gets_as_many_micro_batches_and_fillers_count_nothing(tmp_pat
             assert (filler["labels"] == -100).all()
             assert filler["input_ids"].numel() > 0
         assert window.tokens == sum(m["input_ids"].numel() for m in window.micro_batches[:real])
-        assert window.nonpad_tokens == sum(
-            int((m["input_ids"] != PAD).sum()) for m in window.micro_batches[:real]
-        )
+        assert window.nonpad_tokens == sum(int((m["input_ids"] != PAD).sum()) for m in window.micro_batches[:real])
         assert window.loss_tokens == 2 * len(window.ids)
     one = data.window(0, size, 0, 1, size)
     assert one.loss_tokens == sum(window.loss_tokens for window in windows)
@@ -110,9 +108,7 @@ def test_every_rank_gets_as_many_micro_batches_and_fillers_count_nothing(tmp_pat
 
 
 def test_a_batch_is_padded_on_the_right_and_labels_are_not_shifted(tmp_path):
-    name = write(
-        tmp_path / "a.jsonl", [{"prompt": "abc", "completion": "d"}, {"prompt": "x", "completion": "y"}]
-    )
+    name = write(tmp_path / "a.jsonl", [{"prompt": "abc", "completion": "d"}, {"prompt": "x", "completion": "y"}])
     (batch,) = data_of(name).window(0, 2, 0, 1, 2).micro_batches
     assert set(batch) == {"input_ids", "labels"}
     rows = sorted(zip(batch["input_ids"].tolist(), batch["labels"].tolist(), strict=True))
@@ -169,9 +165,7 @@ def test_groups_of_any_size_and_their_advantages(tmp_path):
         assert advantage.item() == pytest.approx(expected[group][member], rel=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("weights", "counts"), [((1.0, 1.0), (10, 20)), ((0.5, 1.0), (5, 20)), ((2.0, 0.25), (20, 5))]
-)
+@pytest.mark.parametrize(("weights", "counts"), [((1.0, 1.0), (10, 20)), ((0.5, 1.0), (5, 20)), ((2.0, 0.25), (20, 5))])
 def test_weights_are_shares_of_each_set(tmp_path, weights, counts):
     names = [numbered(tmp_path / "a.jsonl", 10), numbered(tmp_path / "b.jsonl", 20, first=100)]
     data = data_of([{"name": n, "weight": w} for n, w in zip(names, weights, strict=True)])
@@ -210,10 +204,7 @@ def test_the_longest_micro_batch(tmp_path):
     lengths = (5, 5, 5, 5, 12, 6)  # the longest document is not in the fullest row
     texts = write(tmp_path / "p.jsonl", [{"text": "a" * (n - 1)} for n in lengths])
     assert data_of(texts, packing=True, max_length=20).longest(1)["input_ids"].shape == (1, 20)
-    groups = [
-        {"prompt": "p", "completions": ["a" * n] * k, "rewards": [0] * k}
-        for n, k in ((2, 8), (20, 2), (5, 3))
-    ]
+    groups = [{"prompt": "p", "completions": ["a" * n] * k, "rewards": [0] * k} for n, k in ((2, 8), (20, 2), (5, 3))]
     data = data_of(write(tmp_path / "g.jsonl", groups), objective="grpo")
     assert data.longest(1)["input_ids"].shape == (2, 22)
     assert data.longest(2)["input_ids"].shape == (10, 22)
@@ -238,9 +229,7 @@ TEXTS = ["hello", "a", "packed documents", "do not see each other", "x" * 37, ""
 
 
 def test_packing_keeps_every_document_whole(tmp_path):
-    data = data_of(
-        write(tmp_path / "a.jsonl", [{"text": text} for text in TEXTS]), packing=True, max_length=41
-    )
+    data = data_of(write(tmp_path / "a.jsonl", [{"text": text} for text in TEXTS]), packing=True, max_length=41)
     rows = [row for _, row in data.fetch(0, data.rows)]
     documents = [bytes(sequence.tokens.tolist()[:-1]).decode() for row in rows for sequence in row]
     assert sorted(documents) == sorted(text for text in TEXTS if text)

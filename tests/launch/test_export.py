@@ -34,9 +34,7 @@ def assert_same_weights(model: Any, expected: dict[str, Tensor]) -> None:
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize(("engine", "world"), EVERY)
-def test_final_is_the_trainers_model(
-    tmp_path: Path, dataset: str, engine: str, world: int, tied: bool
-) -> None:
+def test_final_is_the_trainers_model(tmp_path: Path, dataset: str, engine: str, world: int, tied: bool) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
     changes = {"config_overrides": {"tie_word_embeddings": tied}, "learning_rate": 1e-2}
@@ -58,9 +56,7 @@ def test_final_is_the_trainers_model(
     )
 
 
-def test_the_written_configuration_is_the_models_own(
-    tmp_path: Path, dataset: str, model_folder: Path
-) -> None:
+def test_the_written_configuration_is_the_models_own(tmp_path: Path, dataset: str, model_folder: Path) -> None:
     changes: dict[str, Any] = {"model_name_or_path": str(model_folder), "bf16": True}
     trained(recipe(tmp_path, dataset, **changes, config_overrides={"attention_dropout": 0.1}))
     before = json.loads((model_folder / "config.json").read_text())
@@ -90,9 +86,7 @@ def test_an_adapter_loads_with_peft(
     assert_same_weights(model, weights)
     place = model_folder if based == "folder" else final / "base"
     assert model.peft_config["default"].base_model_name_or_path == str(place)
-    assert_same_weights(
-        PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(place), final), weights
-    )
+    assert_same_weights(PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(place), final), weights)
 
     merged = export(tmp_path / "run", None, merge=True)
     assert merged == {"folder": str(tmp_path / "run" / "merged"), "step": 4, "kind": "model"}

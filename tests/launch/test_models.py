@@ -270,9 +270,7 @@ def test_no_rank_holds_the_whole_model_while_it_is_filled(
     tmp_path: Path, dataset: str, engine: str, source: str
 ) -> None:
     layers, vocabulary = 12, 264
-    changes: dict[str, Any] = {
-        "config_overrides": {"num_hidden_layers": layers, "tie_word_embeddings": False}
-    }
+    changes: dict[str, Any] = {"config_overrides": {"num_hidden_layers": layers, "tie_word_embeddings": False}}
     if source == "folder":
         made = recipe(tmp_path / "made", dataset, max_steps=1, **changes)
         trained(made)

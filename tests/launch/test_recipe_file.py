@@ -214,18 +214,14 @@ def test_a_path_that_is_no_file_is_one_line(tmp_path: Path, kind: str) -> None:
         (["config_overrides={}", "config_overrides.a.b=1e6"], {"config_overrides": {"a": {"b": 1e6}}}),
     ],
 )  # fmt: skip
-def test_overrides_are_typed_by_the_schema(
-    tmp_path: Path, overrides: list[str], found: dict[str, Any]
-) -> None:
+def test_overrides_are_typed_by_the_schema(tmp_path: Path, overrides: list[str], found: dict[str, Any]) -> None:
     assert load(tmp_path, GOOD, *overrides).model_dump(include=set(found)) == found
 
 
 def test_overrides_reach_into_lists_and_absent_sections(tmp_path: Path) -> None:
     recipe = load(tmp_path, GOOD, "dataset.1.weight=2", "dataset.0.name=third")
     assert [(source.name, source.weight) for source in recipe.dataset] == [("third", 1.0), ("more", 2.0)]
-    recipe = load(
-        tmp_path, "seed: 1", "dataset.weight=2", "engine.name=zero", "engine.stage=1", "strategy.k=v"
-    )
+    recipe = load(tmp_path, "seed: 1", "dataset.weight=2", "engine.name=zero", "engine.stage=1", "strategy.k=v")
     assert recipe.dataset == [Source(name="stdlib", weight=2.0)]
     assert recipe.engine == Engine(name="zero", stage=1)
     assert recipe.strategy[0].model_dump() == {"name": "plain", "k": "v"}
@@ -260,10 +256,7 @@ def test_a_wrong_override_is_one_line(tmp_path: Path, override: str, said: str) 
 def test_the_shipped_recipes_load_and_survive_a_round_trip(path: Path, tmp_path: Path) -> None:
     recipe = load_recipe(str(path))
     assert load(tmp_path, dump_recipe(recipe)) == recipe
-    assert all(
-        source.name == "stdlib" or Path(source.name).exists() or "/" in source.name
-        for source in recipe.dataset
-    )
+    assert all(source.name == "stdlib" or Path(source.name).exists() or "/" in source.name for source in recipe.dataset)
 
 
 def test_a_dumped_recipe_loads_back_to_the_same_one(tmp_path: Path) -> None:

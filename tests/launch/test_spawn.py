@@ -134,9 +134,7 @@ def test_a_mistake_is_said_once_with_its_exit_code(mode: str, environment: dict[
 
 
 @pytest.mark.parametrize(("mode", "rank"), [("defect", 1), ("defect of the first", 0)])
-def test_a_defect_shows_the_traceback_of_its_rank_only(
-    mode: str, rank: int, environment: dict[str, str]
-) -> None:
+def test_a_defect_shows_the_traceback_of_its_rank_only(mode: str, rank: int, environment: dict[str, str]) -> None:
     code, out, err = ended(mode, environment)
     assert (code, out) == (1, "")
     assert err[0] == f"rank {rank}: Traceback (most recent call last):"
@@ -237,8 +235,9 @@ def test_under_torchrun_the_same_entry_is_one_rank(environment: dict[str, str]) 
     [
         ({}, False),
         ({"RANK": "0"}, True),
-        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "2"}, True),
-        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "1"}, False),
+        ({"SLURM_STEP_ID": "0", "SLURM_PROCID": "0", "SLURM_NTASKS": "2"}, True),
+        ({"SLURM_STEP_ID": "0", "SLURM_PROCID": "0", "SLURM_NTASKS": "1"}, False),
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "2"}, False),
         ({"SLURM_NTASKS": "2"}, False),
     ],
 )
@@ -252,9 +251,13 @@ def test_who_was_started_by_a_launcher(env: dict[str, str], yes: bool) -> None:
         ({"RANK": "8", "LOCAL_RANK": "0"}, FileNotFoundError("x"), "rank 8: FileNotFoundError: x\n"),
         ({"RANK": "3", "LOCAL_RANK": "1"}, FileNotFoundError("x"), "ebbtide: rank 3: FileNotFoundError: x\n"),
         ({"RANK": "3", "LOCAL_RANK": "1"}, KeyboardInterrupt(), ""),
-        ({"SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_NTASKS": "8"}, KeyboardInterrupt(), ""),
         (
-            {"SLURM_PROCID": "4", "SLURM_LOCALID": "0", "SLURM_NTASKS": "8"},
+            {"SLURM_STEP_ID": "0", "SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_NTASKS": "8"},
+            KeyboardInterrupt(),
+            "",
+        ),
+        (
+            {"SLURM_STEP_ID": "0", "SLURM_PROCID": "4", "SLURM_LOCALID": "0", "SLURM_NTASKS": "8"},
             KeyboardInterrupt(),
             "ebbtide: interrupted\n",
         ),

@@ -20,9 +20,7 @@ def random_text(seed: int) -> str:
     return "".join(chr(draw.randint(*draw.choice(ranges))) for _ in range(300))
 
 
-@pytest.mark.parametrize(
-    "text", ["", " ", "  a  b .\t\r\n\n", "n't I 'm , ok ?", *map(random_text, range(20))]
-)
+@pytest.mark.parametrize("text", ["", " ", "  a  b .\t\r\n\n", "n't I 'm , ok ?", *map(random_text, range(20))])
 def test_bytes_are_tokens_and_come_back(tokenizer, text):
     ids = tokenizer(text)["input_ids"]
     assert ids == list(text.encode())

@@ -103,9 +103,7 @@ def test_a_refused_resume_of_zero_at_another_world_leaves_the_checkpoint(
     assert contents(tmp_path) == before
 
 
-def test_a_checkpoint_of_another_model_or_engine_is_refused(
-    tmp_path: Path, dataset: str, finished: Any
-) -> None:
+def test_a_checkpoint_of_another_model_or_engine_is_refused(tmp_path: Path, dataset: str, finished: Any) -> None:
     chosen = str(Path(finished.output_dir) / "checkpoints" / "step-4")
     for name, changes, said in (
         ("lora", {"lora_r": 4}, "does not hold what this recipe trains"),
@@ -132,9 +130,7 @@ def test_a_loss_that_is_not_a_number_on_one_rank_stops_all(
 ) -> None:
     made = recipe(tmp_path, dataset, engine=ENGINES[engine], save_steps=2)
     ends = run(made, 2, ("spoil_loss", 3, rank))
-    assert [end.error for end in ends] == [
-        "NotFinite: step 4: the loss is nan; the newest checkpoint is untouched"
-    ] * 2
+    assert [end.error for end in ends] == ["NotFinite: step 4: the loss is nan; the newest checkpoint is untouched"] * 2
     assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3]
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-2"]
 
@@ -162,9 +158,7 @@ def test_too_little_memory_is_said_before_anything_is_written(
 
     monkeypatch.setattr("strategies.Prepared.__call__", full)
     made = recipe(tmp_path / "run", dataset, per_device_train_batch_size=4, report_to="none")
-    with pytest.raises(
-        UserError, match=r"out of memory in the preflight: 4 sequences of \d+ tokens"
-    ) as caught:
+    with pytest.raises(UserError, match=r"out of memory in the preflight: 4 sequences of \d+ tokens") as caught:
         train(made, Topology())
     assert "Tried to allocate 2 GiB" in str(caught.value)
     assert "lower max_length or per_device_train_batch_size" in str(caught.value)
@@ -182,9 +176,7 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(ROOT)}
 
 
-def test_sigterm_to_the_command_ends_with_75_and_the_same_command_goes_on(
-    tmp_path: Path, dataset: str
-) -> None:
+def test_sigterm_to_the_command_ends_with_75_and_the_same_command_goes_on(tmp_path: Path, dataset: str) -> None:
     changes: dict[str, Any] = {"max_steps": 60, "config_overrides": {"attention_dropout": 0.1}}
     words = command(recipe(tmp_path / "run", dataset, **changes), tmp_path)
     with subprocess.Popen(words, env=environment(), cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
@@ -208,9 +200,7 @@ def test_sigkill_of_the_command_on_two_ranks_and_the_same_command(tmp_path: Path
     changes: dict[str, Any] = {"max_steps": 40, "save_steps": 3, "engine": "fsdp2"}
     launcher = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "launch")
     words = command(recipe(tmp_path / "run", dataset, **changes), tmp_path, *launcher)
-    process = subprocess.Popen(
-        words, env=environment(), cwd=ROOT, stderr=subprocess.DEVNULL, start_new_session=True
-    )
+    process = subprocess.Popen(words, env=environment(), cwd=ROOT, stderr=subprocess.DEVNULL, start_new_session=True)
     limit = time.monotonic() + 60
     while not (tmp_path / "run" / "checkpoints" / "step-6").exists():
         assert time.monotonic() < limit

@@ -42,9 +42,7 @@ def initial(made: Any, folder: Path, world: int) -> Path:
     return folder / "final"
 
 
-def plain_loop(
-    final: Path, adapted: bool, batches: list[list[int]], loss_of: Loss
-) -> list[tuple[float, float]]:
+def plain_loop(final: Path, adapted: bool, batches: list[list[int]], loss_of: Loss) -> list[tuple[float, float]]:
     """(loss, gradient norm) of each step of a plain loop; the reference is the model before training."""
     from peft import AutoPeftModelForCausalLM
     from transformers import AutoModelForCausalLM
@@ -132,9 +130,7 @@ def test_preferences_and_groups_train_as_written_out(
         assert abs(expected[2][0] - math.log(2)) > 1e-2
 
 
-@pytest.mark.parametrize(
-    ("engine", "world"), [("ddp", 1), ("ddp", 2), ("fsdp2", 2), ("zero2", 2), ("zero3", 2)]
-)
+@pytest.mark.parametrize(("engine", "world"), [("ddp", 1), ("ddp", 2), ("fsdp2", 2), ("zero2", 2), ("zero3", 2)])
 def test_evaluation_measures_writes_and_leaves_training_as_it_was(
     tmp_path: Path, dataset: str, engine: str, world: int
 ) -> None:
@@ -238,17 +234,13 @@ def test_packing_is_refused_for_layers_with_a_state_before_anything_is_built(
     AutoConfig.for_model(family, **SMALL, **RECURRENT[family]).save_pretrained(tmp_path / "model")
     byte_tokenizer().save_pretrained(tmp_path / "model")
     monkeypatch.setattr("launch.train.build", lambda *_: pytest.fail("a model was built"))
-    made = recipe(
-        tmp_path / "run", dataset, model_name_or_path=str(tmp_path / "model"), init="random", packing=True
-    )
+    made = recipe(tmp_path / "run", dataset, model_name_or_path=str(tmp_path / "model"), init="random", packing=True)
     with pytest.raises(Refused, match=r"packing=true: the .* layers of .*Config carry a state"):
         train(made, Topology())
 
 
 @pytest.mark.parametrize(("engine", "world"), [("ddp", 1), ("fsdp2", 2)])
-def test_a_model_whose_attention_leaks_is_refused(
-    tmp_path: Path, dataset: str, engine: str, world: int
-) -> None:
+def test_a_model_whose_attention_leaks_is_refused(tmp_path: Path, dataset: str, engine: str, world: int) -> None:
     made = recipe(tmp_path / "run", dataset, packing=True, engine=ENGINES[engine])
     for end in run(made, world, ("leak",)):
         assert end.error.startswith("Refused: packing=true: packed documents see each other in ")

@@ -62,9 +62,7 @@ def assert_close(found: list[tuple[float, float]], expected: list[tuple[float, f
 
 
 @pytest.mark.parametrize("clip", [0.5, 0.0])
-def test_one_process_trains_as_a_plain_loop(
-    tmp_path: Path, dataset: str, model_folder: Path, clip: float
-) -> None:
+def test_one_process_trains_as_a_plain_loop(tmp_path: Path, dataset: str, model_folder: Path, clip: float) -> None:
     made = recipe(
         tmp_path / "run",
         dataset,
@@ -94,9 +92,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory, dataset: str) -> list[tuple[
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_two_ranks_train_as_one(
-    tmp_path: Path, dataset: str, alone: list[tuple[float, float]], engine: str
-) -> None:
+def test_two_ranks_train_as_one(tmp_path: Path, dataset: str, alone: list[tuple[float, float]], engine: str) -> None:
     trained(recipe(tmp_path, dataset, max_steps=STEPS, learning_rate=RATE, engine=ENGINES[engine]), 2)
     assert_close(figures(tmp_path), alone, 1e-5)
     assert alone[0][0] > alone[-1][0]
@@ -119,9 +115,7 @@ OPTIMIZERS: dict[str, tuple[Callable[..., torch.optim.Optimizer], dict[str, Any]
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_every_optimizer_updates_as_torch_does(
-    tmp_path: Path, dataset: str, model_folder: Path, name: str
-) -> None:
+def test_every_optimizer_updates_as_torch_does(tmp_path: Path, dataset: str, model_folder: Path, name: str) -> None:
     made, fields = OPTIMIZERS[name]
     common: dict[str, Any] = {
         "model_name_or_path": str(model_folder),
@@ -136,25 +130,19 @@ def test_every_optimizer_updates_as_torch_does(
         assert_close(figures(tmp_path / engine), expected, 1e-5)
 
 
-@pytest.mark.parametrize(
-    ("name", "engine"), [("adafactor", "fsdp2"), ("adafactor", "zero3"), ("adagrad", "zero1")]
-)
+@pytest.mark.parametrize(("name", "engine"), [("adafactor", "fsdp2"), ("adafactor", "zero3"), ("adagrad", "zero1")])
 def test_an_optimizer_that_an_engine_cannot_run_is_refused_before_anything_is_built(
     tmp_path: Path, dataset: str, name: str, engine: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("launch.train.build", lambda *_: pytest.fail("a model was built"))
     made = recipe(tmp_path / "run", dataset, optimizer=name, engine=ENGINES[engine])
-    with pytest.raises(
-        Refused, match=f"optimizer.name='{name}' .*: choose|optimizer.name='{name}' .*; choose"
-    ):
+    with pytest.raises(Refused, match=f"optimizer.name='{name}' .*: choose|optimizer.name='{name}' .*; choose"):
         train(made, Topology())
     assert not (tmp_path / "run").exists()
 
 
 @pytest.fixture(scope="module")
-def in_fp32(
-    tmp_path_factory: pytest.TempPathFactory, dataset: str, model_folder: Path
-) -> list[tuple[float, float]]:
+def in_fp32(tmp_path_factory: pytest.TempPathFactory, dataset: str, model_folder: Path) -> list[tuple[float, float]]:
     folder = tmp_path_factory.mktemp("fp32")
     made = recipe(folder, dataset, model_name_or_path=str(model_folder), max_steps=8, learning_rate=1e-3)
     train(made, Topology())
@@ -186,9 +174,7 @@ def test_bf16_trains_close_to_fp32_with_fp32_master_weights(
 
 @pytest.mark.parametrize("world", [1, 2])
 @pytest.mark.parametrize(("epochs", "expected"), [(0.5, [4, 3]), (1.0, [4, 4, 4, 2]), (2.0, [4] * 7)])
-def test_epochs_end_with_the_data(
-    tmp_path: Path, dataset: str, world: int, epochs: float, expected: list[int]
-) -> None:
+def test_epochs_end_with_the_data(tmp_path: Path, dataset: str, world: int, epochs: float, expected: list[int]) -> None:
     made = recipe(tmp_path, dataset, max_steps=None, num_train_epochs=epochs)
     trained(made, world)
     taken = order(tmp_path, 14)

@@ -18,7 +18,7 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 CASES = [(engine, world, "full") for engine in ENGINES for world in (1, 2)]
 CASES += [(engine, 2, "lora") for engine in ("ddp", "fsdp2", "zero2", "zero3")]
-CASES += [(engine, 2, "bf16") for engine in ("ddp", "fsdp2", "zero1", "zero3")]
+CASES += [(engine, 2, "bf16") for engine in ("fsdp2", "zero1")]
 
 
 def final(folder: Path) -> dict[str, bytes]:
@@ -34,9 +34,7 @@ def assert_same_run(found: Path, expected: Path) -> None:
 
 
 @pytest.mark.parametrize(("engine", "world", "model"), CASES)
-def test_a_killed_run_goes_on_bit_for_bit(
-    tmp_path: Path, dataset: str, engine: str, world: int, model: str
-) -> None:
+def test_a_killed_run_goes_on_bit_for_bit(tmp_path: Path, dataset: str, engine: str, world: int, model: str) -> None:
     common = {"engine": ENGINES[engine], "max_steps": STEPS, "save_steps": SAVED, **MODELS[model]}
     cut = recipe(tmp_path / "cut", dataset, **common)
     trained(recipe(tmp_path / "whole", dataset, **common), world)
@@ -154,9 +152,7 @@ def test_a_larger_max_steps_goes_on_with_a_finished_run(tmp_path: Path, dataset:
     assert_same_run(tmp_path / "longer", tmp_path / "whole")
 
 
-def test_going_back_to_an_earlier_checkpoint_leaves_the_later_ones_behind(
-    tmp_path: Path, dataset: str
-) -> None:
+def test_going_back_to_an_earlier_checkpoint_leaves_the_later_ones_behind(tmp_path: Path, dataset: str) -> None:
     common = {"max_steps": 8, "save_steps": 2, "save_total_limit": 3, **MODELS["full"]}
     made = recipe(tmp_path / "run", dataset, **common)
     saved = tmp_path / "run" / "checkpoints"

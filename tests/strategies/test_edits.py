@@ -74,9 +74,7 @@ def test_a_module_put_back_is_in_the_mode_of_the_one_it_replaces():
     assert not made[0].training
 
 
-@pytest.mark.parametrize(
-    "again", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["copy", "pickle"]
-)
+@pytest.mark.parametrize("again", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["copy", "pickle"])
 def test_copies_keep_their_edits(again):
     made = model().eval()
     edits.apply(made, [("a", WRAP), ("b", Swap("2", halve))])

@@ -57,12 +57,8 @@ def test_packed_documents_do_not_see_each_other(family):
     model = copy.deepcopy(reference)
     ids = batch()["input_ids"][:1]
     documents = [ids[:, :4], ids[:, 4:]]
-    logits = [
-        reference(input_ids=document, use_cache=False).logits[0, :-1].double() for document in documents
-    ]
-    loss = (
-        sum(F.cross_entropy(x, d[0, 1:], reduction="sum") for x, d in zip(logits, documents, strict=True)) / 7
-    )
+    logits = [reference(input_ids=document, use_cache=False).logits[0, :-1].double() for document in documents]
+    loss = sum(F.cross_entropy(x, d[0, 1:], reduction="sum") for x, d in zip(logits, documents, strict=True)) / 7
     loss.backward()
     labels = ids.clone()
     labels[0, 4] = -100

@@ -145,11 +145,7 @@ def test_no_more_than_one_chunk_of_logits_is_alive(monkeypatch):
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             out = func(*args, **(kwargs or {}))
-            if (
-                isinstance(out, torch.Tensor)
-                and out.shape[-1:] == (vocabulary,)
-                and out.shape[:-1] not in ((), (32,))
-            ):
+            if isinstance(out, torch.Tensor) and out.shape[-1:] == (vocabulary,) and out.shape[:-1] not in ((), (32,)):
                 alive.append(weakref.ref(out))
                 most.append(max(x().shape[:-1].numel() for x in alive if x() is not None))
             return out
@@ -161,11 +157,7 @@ def test_no_more_than_one_chunk_of_logits_is_alive(monkeypatch):
 
 
 def error(model, exact):
-    squares = [
-        (p.grad.double() - exact[name]).square().sum()
-        for name, p in model.named_parameters()
-        if name in exact
-    ]
+    squares = [(p.grad.double() - exact[name]).square().sum() for name, p in model.named_parameters() if name in exact]
     return torch.stack(squares).sum().sqrt()
 
 

@@ -30,9 +30,7 @@ def batch():
 
 
 def adapters(**more):
-    return LoraConfig(
-        r=2, lora_alpha=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False, **more
-    )
+    return LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False, **more)
 
 
 def reference_gradients(model):

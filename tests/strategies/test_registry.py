@@ -84,9 +84,7 @@ def test_entry_points_are_found(elsewhere):
 
 
 def test_sections_become_strategies(elsewhere):
-    built = strategies.build(
-        [{"name": "plain"}, {"name": "chunked", "chunk": 64.0, "rate": 1, "modules": ("a",)}]
-    )
+    built = strategies.build([{"name": "plain"}, {"name": "chunked", "chunk": 64.0, "rate": 1, "modules": ("a",)}])
     assert built == [Plain(), Chunked(64, 1, ("a",))]
     assert type(built[1].chunk) is int
 
@@ -120,9 +118,7 @@ def test_mistakes_are_one_line(elsewhere, sections, message):
 
 def test_a_name_in_both_places_is_refused(elsewhere):
     elsewhere.append(EntryPoint("plain", f"{__name__}:Chunked", registry.GROUP))
-    with pytest.raises(
-        UserError, match=r"strategy='plain' is built in and also comes from .*:Chunked: rename"
-    ):
+    with pytest.raises(UserError, match=r"strategy='plain' is built in and also comes from .*:Chunked: rename"):
         strategies.get("plain")
 
 
@@ -140,9 +136,7 @@ def test_refusals_at_plan_time():
     strategies.check([Plain(), Chunked()], config, topology)
     with pytest.raises(UserError, match="choose at least one of plain"):
         strategies.check([], config, topology)
-    with pytest.raises(
-        Refused, match="strategies Chunked and Required each run the whole step: use one of them"
-    ):
+    with pytest.raises(Refused, match="strategies Chunked and Required each run the whole step: use one of them"):
         strategies.check([Chunked(), Plain(), Required(4)], config, topology)
     with pytest.raises(Refused, match="bits=4: llama on 2 ranks"):
         strategies.check([Required(4)], config, topology)
