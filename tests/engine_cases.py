@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from contract.checks import small
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -64,7 +65,7 @@ def make_engine(
 ) -> tuple[Engine, strategies.Prepared]:
     config = load_config(made_from)
     model = build(made_from, config, dtype)
-    chosen = strategies.build([{"name": strategy}])
+    chosen = strategies.build([{"name": strategy, **small(strategy)}])
     strategies.edit(model, chosen, topology)
     weights = TrainedAdapter(made_from, config, topology)
     settings = Settings(OptimizerSpec(), made_from.bf16, made_from.compile, made_from.engine.stage)
@@ -85,12 +86,14 @@ def gathered(engine: Engine) -> dict[str, Tensor]:
 
 
 def reference(made_from: Recipe, rows: list[tuple[list[int], int]], dtype: torch.dtype) -> dict[str, Tensor]:
-    """Gradients of the mean cross-entropy over all learned tokens, a row at a time, by autograd alone."""
+    """Gradients of the mean cross-entropy over all learned tokens, a row at a time, by autograd alone: in float64, of
+    weights that were drawn in `dtype`."""
     config = load_config(made_from)
     model = build(made_from, config, dtype)
     weights = TrainedAdapter(made_from, config, Topology())
     for name, _ in units(model):
         weights.fill(model, name)
+    model.double()
     learned = sum(len(tokens) - prompt for tokens, prompt in rows)
     for tokens, prompt in rows:
         logits = model(input_ids=torch.tensor([tokens])).logits[0]

@@ -8,6 +8,7 @@ which are wrong in small ways do not pass. Engines and later strategies reuse `g
 from __future__ import annotations
 
 import copy
+import dataclasses
 import pickle
 from collections.abc import Callable
 from functools import partial
@@ -26,6 +27,11 @@ from strategies import DPO, GRPO, Fidelity, Objective, Strategy
 
 Factory = Callable[[], Strategy]
 KINDS = ("full", "tied", "lora")
+
+
+def small(name: str) -> dict[str, int]:
+    """Settings under which short sequences are several chunks."""
+    return {"chunk": 4} if "chunk" in {field.name for field in dataclasses.fields(strategies.get(name))} else {}
 
 
 def tolerance(factory: Factory) -> float:

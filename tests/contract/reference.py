@@ -59,6 +59,23 @@ def ragged(seed: int, lengths: list[int], width: int, prompts: int = 0) -> Batch
     return {"input_ids": ids, "labels": labels}
 
 
+def left_padded(seed: int, lengths: list[int], width: int) -> Batch:
+    """Rows padded on the left to `width`, with the mask that says so; a row's first token is not learned."""
+    batch = ragged(seed, [width] * len(lengths), width)
+    real = torch.stack([torch.arange(width) >= width - length for length in lengths])
+    batch["labels"][~real] = IGNORE
+    for row, length in enumerate(lengths):
+        batch["labels"][row, width - length] = IGNORE
+    batch["attention_mask"] = real.long()
+    return batch
+
+
+def masked(batch: Batch, lengths: list[int]) -> Batch:
+    """With the attention mask that other people's collators add to rows padded on the right."""
+    width = batch["labels"].shape[1]
+    return {**batch, "attention_mask": (torch.arange(width) < torch.tensor(lengths)[:, None]).long()}
+
+
 def packed(seed: int, rows: list[list[int]]) -> Batch:
     """Each row holds documents of these lengths; the first token of a document is not learned."""
     batch = ragged(seed, [sum(lengths) for lengths in rows], sum(rows[0]))
@@ -77,6 +94,8 @@ def cases() -> dict[str, list[Batch]]:
         "one": [ragged(1, [12, 12], 12)],
         "accumulation": [ragged(1, [12, 12], 12), ragged(2, [5], 5, prompts=3), ragged(3, [9, 2, 7], 9)],
         "right padding": [ragged(4, [10, 3, 7], 10)],
+        "left padding": [left_padded(10, [11, 4, 7], 11), left_padded(11, [3, 9], 9)],
+        "masked padding": [masked(ragged(4, [10, 3, 7], 10), [10, 3, 7])],
         "prompt masks": [ragged(4, [10, 10], 10, prompts=6), ragged(5, [9], 9, prompts=2)],
         "packing": [padded_tail, packed(6, [[2, 11]])],
         "partial window": [ragged(8, [8, 6], 8), filler],
@@ -85,11 +104,13 @@ def cases() -> dict[str, list[Batch]]:
 
 def documents(batch: Batch) -> Iterator[tuple[int, int, int]]:
     """(row, start, stop) of every document: position_ids restart with each, padding is cut off."""
-    labels = batch["labels"]
+    labels, real = batch["labels"], batch.get("attention_mask")
     for row in range(labels.shape[0]):
         width = labels.shape[1]
         positions = batch.get("position_ids")
         starts = [0] if positions is None else (positions[row] == 0).nonzero()[:, 0].tolist()
+        if real is not None:
+            starts = [int(real[row].argmax())]
         for start, stop in zip(starts, [*starts[1:], width], strict=True):
             learned = (labels[row, start:stop] != IGNORE).nonzero()
             if len(learned):
@@ -100,7 +121,10 @@ def row_logprobs(model: nn.Module, batch: Batch) -> list[Tensor]:
     """For each row [T]: the log-probability of every learned token, 0 elsewhere."""
     rows = list(torch.zeros(batch["labels"].shape, dtype=torch.float64))
     for row, start, stop in documents(batch):
-        logits = model(input_ids=batch["input_ids"][row : row + 1, start:stop]).logits[0, :-1]
+        # Left padding shifts positions, and rotations are float32 whatever the model is.
+        first = start if "attention_mask" in batch else 0
+        positions = torch.arange(first, first + stop - start)[None]
+        logits = model(input_ids=batch["input_ids"][row : row + 1, start:stop], position_ids=positions).logits[0, :-1]
         target = batch["labels"][row, start + 1 : stop]
         picked = logits.log_softmax(-1).gather(1, target.clamp(min=0)[:, None])[:, 0] * (target != IGNORE)
         rows[row] = rows[row] + F.pad(picked, (start + 1, len(rows[row]) - stop))

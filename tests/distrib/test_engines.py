@@ -30,6 +30,11 @@ def worst(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
     return max(float((found[n] - expected[n]).norm() / expected[n].norm().clamp_min(1e-9)) for n in expected)
 
 
+def overall(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+    squares = [((found[n] - expected[n]).norm() ** 2, expected[n].norm() ** 2) for n in expected]
+    return float(torch.stack([error for error, _ in squares]).sum() / torch.stack([of for _, of in squares]).sum()) ** 0.5
+
+
 def precision(engine: str) -> tuple[torch.dtype, float]:
     # DeepSpeed reduces in float32 whatever it is given.
     return (torch.float32, 2e-6) if engine.startswith("zero") else (torch.float64, 1e-12)
@@ -48,6 +53,7 @@ def test_two_ranks_and_accumulation_give_the_gradients_of_one_batch(
     shares = [[padded([row]) for row in rows[:2]], [padded([row]) for row in rows[2:]]]
     for found in two_ranks("engine_cases:gradients", made_from, dtype, shares, strategy):
         assert worst(found, expected) < bound
+        assert overall(found, expected) < bound / 2
 
 
 @pytest.mark.parametrize("engine", ENGINES)

@@ -1,0 +1,42 @@
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from distrib.contracts import Engine, Step
+from distrib.errors import Refused
+from distrib.topology import Topology
+from strategies.core.contract import Strategy
+from strategies.core.objectives import Objective
+
+
+@dataclass(frozen=True)
+class SeCO(Strategy):
+    """The whole model runs chunk by chunk: first without a graph, recording keys and values, then right to left,
+    with one chunk's graph alive (2505.16710). Exact.
+
+    It costs one more forward, and holds keys, values and their gradients of all layers where checkpointing holds
+    layer inputs: less with few key/value heads, more with many. Wrong to use under sharding engines with slow links,
+    which gather the weights once a chunk.
+    """
+
+    compiles = False
+    chunk: int = 1024
+    offload: bool = False
+
+    def __post_init__(self) -> None:
+        if self.chunk < 1:
+            raise ValueError(f"chunk={self.chunk}: a number of positions")
+
+    def check(self, config: Any, topology: Topology) -> None:
+        if getattr(config, "output_router_logits", False):
+            raise Refused(
+                "output_router_logits=true with strategy seco: the router's loss is not a sum over chunks; set it to false"
+            )
+
+    def step(self, model: nn.Module, engine: Engine, objective: Objective) -> Step:
+        from strategies.streaming.step import ChunkedStep
+
+        return ChunkedStep(model, engine, objective, self.chunk, self.offload)

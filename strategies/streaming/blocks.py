@@ -1,0 +1,162 @@
+"""The decoder layers of a model, run in chunks: two mixins and what they share.
+
+The backbone's forward switches the attention and says when layers stream; each layer then runs as `LayerRun` does.
+Before the first time, a trial at a tiny length decides how each of them can be (`strategies/streaming/trial.py`).
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from distrib.errors import Refused
+from strategies.core.edits import original_class
+from strategies.streaming.arguments import Layout, Path, Slot, named_arguments, walk
+from strategies.streaming.implementation import using_attention
+from strategies.streaming.layer import LayerRun, split
+from strategies.streaming.offload import Away, Shelf
+from strategies.streaming.replay import Circumstances
+from strategies.streaming.trial import try_layers
+
+
+@dataclass
+class Streaming:
+    """What the layers of one model share. `attention` and `tried` come from the trial."""
+
+    chunk: int | None
+    offload: bool
+    quiet: bool
+    running: bool = False
+    tried: bool = False
+    attention: str | None = None
+    shelf: Shelf = field(default_factory=Shelf)
+
+    @contextmanager
+    def on(self, backbone: nn.Module) -> Iterator[None]:
+        self.running = True
+        try:
+            with using_attention(backbone, self.attention):
+                yield
+        finally:
+            self.running = False
+
+
+@dataclass
+class Block:
+    """What one layer keeps. `backwards` counts, so that a loop can be shown to have streamed."""
+
+    streaming: Streaming
+    layout: Layout = field(default_factory=Layout)
+    backwards: int = 0
+
+
+AUTO_POSITIONS = {"cpu": 1024, "cuda": 4096}
+
+
+def chunk_of(chunk: int | None, hidden_BTD: Tensor) -> int:
+    """Positions of a chunk: as given, or as many as keep products fast and a chunk's activations small."""
+    if chunk is not None:
+        return chunk
+    return max(128, AUTO_POSITIONS[hidden_BTD.device.type] // hidden_BTD.shape[0])
+
+
+class StreamedBackbone:
+    """Mixed into the part of the model that calls the layers."""
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        forward: Callable[..., Any] = super().forward  # type: ignore[misc]
+        streaming: Streaming = self._ebbtide_streaming
+        training = self.training and torch.is_grad_enabled()
+        if kwargs.get("past_key_values") is not None or not (training or kwargs.get("use_cache") is False):
+            return forward(*args, **kwargs)
+        for name in ("output_attentions", "output_router_logits"):
+            if kwargs.get(name):
+                raise Refused(f"{name}=True: layers that stream do not keep them; leave it off")
+        if "use_cache" in inspect.signature(original_class(self).forward).parameters:
+            kwargs["use_cache"] = False
+        if not streaming.tried:
+            blocks = [part for part in self.modules() if "_ebbtide_block" in vars(part)]
+            streaming.attention, layouts = try_layers(self, blocks, quiet=streaming.quiet)
+            for block, layout in zip(blocks, layouts, strict=True):
+                block._ebbtide_block.layout = layout
+            streaming.tried = True
+        with streaming.on(self):
+            return forward(*args, **kwargs)
+
+
+class StreamedBlock:
+    """Mixed into a decoder layer."""
+
+    @property
+    def gradient_checkpointing(self) -> bool:
+        """Whoever switches Transformers' own checkpointing on finds it done: a layer is recomputed already."""
+        return False
+
+    @gradient_checkpointing.setter
+    def gradient_checkpointing(self, value: bool) -> None:
+        vars(self)["gradient_checkpointing"] = value
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        block: Block = self._ebbtide_block
+        if not block.streaming.running:
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+        named = named_arguments(original_class(self).forward, self, args, kwargs)
+        run, inputs = start_run(self, block, named)
+        parameters = [p for p in self.parameters() if p.requires_grad]
+        if torch.is_grad_enabled() and (inputs or parameters):
+            stream: Any = _Stream
+            outputs = stream.apply(run, block, len(inputs), *inputs, *parameters)
+        else:
+            outputs = run.forward(tuple(inputs))
+        return walk(run.structure, lambda _, slot: outputs[slot.number])
+
+
+def start_run(layer: nn.Module, block: Block, named: dict[str, Any]) -> tuple[LayerRun, list[Tensor]]:
+    """The run of a layer's call, and the tensors of its arguments that want a gradient."""
+    inputs: list[Tensor] = []
+    paths: list[Path] = []
+
+    def take(path: Path, value: Any) -> Any:
+        if isinstance(value, Tensor) and value.requires_grad:
+            inputs.append(value)
+            paths.append(path)
+            return Slot(len(paths))
+        return value
+
+    hidden_BTD = next(value for value in named.values() if isinstance(value, Tensor))
+    length, layout = hidden_BTD.shape[1], block.layout
+    chunks = [(0, length)] if layout.whole else split(length, chunk_of(block.streaming.chunk, hidden_BTD))
+    kept = walk(named, take)
+    circumstances = Circumstances.of(layer, hidden_BTD.device)
+    attention, dtype = block.streaming.attention, hidden_BTD.dtype
+    run = LayerRun(layer, layout, attention, chunks, kept, paths, dtype, circumstances)
+    return run, inputs
+
+
+class _Stream(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, run: LayerRun, block: Block, count: int, *tensors: Tensor) -> Any:
+        inputs = tensors[:count]
+        outputs = run.forward(inputs)
+        ctx.run, ctx.block = run, block
+        if block.streaming.offload:
+            ctx.away = [block.streaming.shelf.put(x) for x in inputs]
+        else:
+            ctx.save_for_backward(*inputs)
+        return outputs
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *by_outputs: Tensor) -> Any:
+        away: list[Away] | None = getattr(ctx, "away", None)
+        inputs = ctx.saved_tensors if away is None else tuple(x.back() for x in away)
+        ctx.block.backwards += 1
+        gradients = ctx.run.backward(inputs, by_outputs, ctx.needs_input_grad[3:])
+        return None, None, None, *gradients

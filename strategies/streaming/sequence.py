@@ -1,0 +1,177 @@
+"""A whole model run over a sequence in chunks: one chunk's graph is alive, keys and values carry the rest.
+
+First the chunks go left to right without a graph, which records every layer's keys and values. Then they go right
+to left: each is run again with a graph, its loss is taken by the model's own head, and its backward leaves on the
+keys and values of earlier chunks what it owes to them (2505.16710). The last chunk needs no first run.
+
+Shapes: B rows, T positions of the sequence, C of a chunk, n learned tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from distrib.contracts import IGNORE, Batch
+from strategies.core.head import find_tokens
+from strategies.core.objectives import Objective, Stats
+from strategies.streaming.implementation import using_attention
+from strategies.streaming.replay import random_state, set_random_state
+from strategies.streaming.store import StreamCache, forget
+from strategies.streaming.visibility import documents
+
+Bounds = Sequence[tuple[int, int]]
+STATISTICS = ("logprob", "logsumexp", "entropy", "mean_logprob")
+
+
+@dataclass
+class Collected:
+    """An objective that minimises nothing and keeps every statistic, flat over [B, T]."""
+
+    size: int
+    needs: frozenset[str]
+    values: dict[str, Tensor] = field(default_factory=dict)
+
+    def __call__(self, stats: Stats, batch: Mapping[str, Tensor]) -> Tensor:
+        for name in ("logprob", *self.needs):
+            value_n = getattr(stats, f"{name}_n")
+            if name not in self.values:
+                self.values[name] = value_n.new_zeros(self.size)
+            self.values[name].index_copy_(0, stats.token_n, value_n)
+        return stats.logprob_n.new_zeros(())
+
+
+@dataclass(frozen=True)
+class Linear:
+    """The objective whose derivatives by the statistics, flat over [B, T], are known."""
+
+    factors: dict[str, Tensor]
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset(self.factors) - {"logprob"}
+
+    def __call__(self, stats: Stats, batch: Mapping[str, Tensor]) -> Tensor:
+        terms = [getattr(stats, f"{name}_n") * stats.take(factor) for name, factor in self.factors.items()]
+        return torch.stack([term.sum() for term in terms]).sum()
+
+
+@dataclass(frozen=True)
+class Part:
+    """A separable objective over the tokens of one chunk, in terms of the whole batch."""
+
+    of: Any
+    batch: Mapping[str, Tensor]
+    lengths_B: Tensor
+    length: int
+    start: int
+    stop: int
+    separable = True
+
+    @property
+    def needs(self) -> frozenset[str]:
+        found: frozenset[str] = self.of.needs
+        return found
+
+    def weight(self, batch: Mapping[str, Tensor]) -> float:
+        return 0.0
+
+    def __call__(self, stats: Stats, batch: Mapping[str, Tensor]) -> Tensor:
+        ahead = 0 if "shift_labels" in self.batch else 1
+        in_chunk_n = stats.token_n - stats.row_n * (self.stop - self.start)
+        token_n = stats.row_n * self.length + self.start + in_chunk_n + ahead
+        found: Tensor = self.of(replace(stats, token_n=token_n, lengths_B=self.lengths_B), self.batch)
+        return found
+
+
+class ChunkedBatch:
+    """One micro-batch, run chunk by chunk through `module`, whose parts are `model`'s."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        model: nn.Module,
+        attention: str | None,
+        batch: Batch,
+        bounds: Bounds,
+        offload: bool = False,
+    ) -> None:
+        self.module = module
+        self.model = model
+        self.attention = attention
+        self.batch = batch
+        self.bounds = bounds
+        labels, shift_labels = batch.get("labels"), batch.get("shift_labels")
+        self.tokens = find_tokens(labels, shift_labels)
+        if shift_labels is None:
+            assert labels is not None
+            shift_labels = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE)
+        self.shift_labels_BT = shift_labels
+        self.documents_BT = None if "attention_mask" in batch else document_ids(batch.get("position_ids"))
+        self.cache = StreamCache(bounds[-1][1], offload)
+        self._random_states: dict[int, list[Tensor]] = {}
+
+    def run(self, index: int, objective: Any, weight: float, learn: bool = True, writes: bool = True) -> Tensor:
+        """The objective over a chunk's tokens, divided by `weight`; the same random numbers every time."""
+        start, stop = self.bounds[index]
+        device = self.shift_labels_BT.device
+        if index in self._random_states:
+            set_random_state(self._random_states[index], device)
+        else:
+            self._random_states[index] = random_state(device)
+        self.cache.position.move(start, stop, writes)
+        with using_attention(self.model, self.attention), documents(self.documents_BT):
+            loss: Tensor = self.module(**self._arguments(start, stop, objective, weight, learn)).loss
+        forget()
+        if not torch.is_grad_enabled():
+            # Weights that were cast without a graph would be used again with one.
+            torch.clear_autocast_cache()
+        return loss
+
+    def _arguments(self, start: int, stop: int, objective: Any, weight: float, learn: bool) -> dict[str, Any]:
+        batch, length = self.batch, self.bounds[-1][1]
+        labels_BC = self.shift_labels_BT[:, start:stop]
+        passed = {
+            "input_ids": batch["input_ids"][:, start:stop],
+            "shift_labels": labels_BC if learn else torch.full_like(labels_BC, IGNORE),
+            "objective": Part(objective, batch, self.tokens.lengths_B, length, start, stop),
+            "weight": weight,
+            "extras": MappingProxyType({}),
+            "past_key_values": self.cache,
+            "use_cache": True,
+        }
+        if "position_ids" in batch:
+            passed["position_ids"] = batch["position_ids"][:, start:stop]
+        if "attention_mask" in batch:
+            passed["attention_mask"] = batch["attention_mask"][:, :stop]
+        return passed
+
+    def _stats(self, collected: Collected) -> tuple[Stats, dict[str, Tensor]]:
+        """The statistics of the whole batch as leaves, and those by name."""
+        leaves = {name: value[self.tokens.token_n].requires_grad_() for name, value in collected.values.items()}
+        return self.tokens.stats(leaves), leaves
+
+    def differentiate(self, objective: Objective, collected: Collected, weight: float) -> tuple[Tensor, Linear]:
+        """The objective over the whole batch divided by `weight`, and the linear one with its derivatives."""
+        with torch.enable_grad():
+            stats, leaves = self._stats(collected)
+            total = objective(stats, self.batch) / weight
+            found = torch.autograd.grad(total, list(leaves.values()), materialize_grads=True)
+        factors = {}
+        for (name, flat), by_value_n in zip(collected.values.items(), found, strict=True):
+            factors[name] = torch.zeros_like(flat).index_copy_(0, self.tokens.token_n, by_value_n)
+        return total.detach(), Linear(factors)
+
+
+def document_ids(position_ids_BT: Tensor | None) -> Tensor | None:
+    """Which of a packed row's documents each position belongs to; None when there is one a row."""
+    if position_ids_BT is None:
+        return None
+    steps_BT = torch.diff(position_ids_BT, dim=1, prepend=position_ids_BT[:, :1] - 1)
+    ids_BT = (steps_BT != 1).cumsum(1)
+    return ids_BT if bool(ids_BT[:, -1].any()) else None

@@ -1,0 +1,228 @@
+"""Keys and values of a sequence that is run in chunks, and the gradients that later chunks leave on them.
+
+`StreamCache` is what a Transformers model takes for its cache. A chunk's forward hands its keys and values to
+`update`, which records them. Its backward adds what it owes to earlier keys and values into their gradient
+buffers, and collects what later chunks have left on its own: so the chunks are walked back last to first, and no
+graph ever spans two of them.
+
+Shapes: B rows, H key/value heads, T positions, C positions of a chunk, D head size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+
+class Unstreamable(Exception):
+    """A layer does with its cache what chunks with recorded keys and values cannot follow."""
+
+
+class KeysRecorded(Exception):
+    """The chunk's keys and values are known, and nothing else of it is wanted."""
+
+
+@dataclass
+class Store:
+    """The keys and values of one layer, and their gradients while chunks are walked back."""
+
+    length: int
+    keys: Tensor | None = None
+    values: Tensor | None = None
+    by_keys: Tensor | None = None
+    by_values: Tensor | None = None
+    factor: float = 1.0
+    """Times what later chunks have left on a chunk's keys and values; an estimator's compensation."""
+    collected: int | None = None
+
+    def record(self, start: int, key_BHCD: Tensor, value_BHCD: Tensor) -> None:
+        if self.keys is None or self.values is None:
+            self.keys, self.values = self._whole(key_BHCD), self._whole(value_BHCD)
+        stop = start + key_BHCD.shape[2]
+        self.keys[:, :, start:stop] = key_BHCD.detach()
+        self.values[:, :, start:stop] = value_BHCD.detach()
+
+    def _whole(self, part_BHCD: Tensor) -> Tensor:
+        rows, heads, _, size = part_BHCD.shape
+        return part_BHCD.new_empty(rows, heads, self.length, size)
+
+    def read(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        assert self.keys is not None
+        assert self.values is not None
+        return self.keys[:, :, start:stop], self.values[:, :, start:stop]
+
+    def leave(self, start: int, by_keys_BHCD: Tensor, by_values_BHCD: Tensor) -> None:
+        """Add to the gradients of the keys and values from `start` on."""
+        if self.by_keys is None or self.by_values is None:
+            assert self.keys is not None
+            assert self.values is not None
+            # Sums over many chunks: in float32 at least.
+            dtype = torch.promote_types(self.keys.dtype, torch.float32)
+            self.by_keys = torch.zeros_like(self.keys, dtype=dtype)
+            self.by_values = torch.zeros_like(self.values, dtype=dtype)
+        stop = start + by_keys_BHCD.shape[2]
+        self.by_keys[:, :, start:stop] += by_keys_BHCD
+        self.by_values[:, :, start:stop] += by_values_BHCD
+
+    def collect(self, start: int, by_keys_BHCD: Tensor, by_values_BHCD: Tensor) -> tuple[Tensor, Tensor]:
+        """A chunk's own gradients of its keys and values, with what later chunks left on them; the latter once,
+        however many ways a model's graph has back to them."""
+        if self.by_keys is None or self.by_values is None or self.collected == start:
+            return by_keys_BHCD, by_values_BHCD
+        self.collected = start
+        stop = start + by_keys_BHCD.shape[2]
+        left = self.by_keys[:, :, start:stop], self.by_values[:, :, start:stop]
+        by_keys, by_values = (
+            torch.add(theirs, mine) if self.factor == 1 else torch.add(mine, theirs, alpha=self.factor)
+            for mine, theirs in zip((by_keys_BHCD, by_values_BHCD), left, strict=True)
+        )
+        return by_keys.to(by_keys_BHCD.dtype), by_values.to(by_values_BHCD.dtype)
+
+
+@dataclass
+class Chunk:
+    """The keys and values that a chunk has just handed to `update`, for the attention that follows at once.
+
+    `whole_key` and `whole_value` are all there are up to the chunk's end, as `update` returned them: an attention
+    that is given just these may use `store`, `key` and `value` in their place.
+    """
+
+    store: Store
+    start: int
+    stop: int
+    key_BHCD: Tensor
+    value_BHCD: Tensor
+    whole_key: Tensor
+    whole_value: Tensor
+
+
+_latest: list[Chunk] = []
+
+
+def handed_over(key: Tensor, value: Tensor) -> Chunk | None:
+    """The chunk whose keys and values these are, if they come straight from `update`; asked once."""
+    chunk = _latest.pop() if _latest else None
+    if chunk is None or chunk.whole_key is not key or chunk.whole_value is not value:
+        return None
+    return chunk
+
+
+class _Whole(torch.autograd.Function):
+    """A chunk's keys and values in, all up to its end out."""
+
+    @staticmethod
+    def forward(ctx: Any, key_BHCD: Tensor, value_BHCD: Tensor, store: Store, start: int) -> tuple[Tensor, Tensor]:
+        ctx.store, ctx.start = store, start
+        return store.read(0, start + key_BHCD.shape[2])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, by_keys: Tensor, by_values: Tensor) -> Any:
+        store, start = ctx.store, ctx.start
+        if start:
+            store.leave(0, by_keys[:, :, :start], by_values[:, :, :start])
+        return *store.collect(start, by_keys[:, :, start:], by_values[:, :, start:]), None, None
+
+
+@dataclass
+class Position:
+    """Where a run stands: the layers of a cache share one."""
+
+    length: int
+    start: int = 0
+    stop: int = 0
+    writes: bool = True
+    keys_only: bool = False
+    runs: int = 0
+
+    def move(self, start: int, stop: int, writes: bool = True, keys_only: bool = False) -> None:
+        self.start, self.stop, self.writes, self.keys_only = start, stop, writes, keys_only
+        self.runs += 1
+
+
+class StreamLayer(CacheLayerMixin):  # type: ignore[misc]
+    """One layer of the cache."""
+
+    is_sliding = False
+
+    def __init__(self, position: Position) -> None:
+        super().__init__()
+        self.position = position
+        self.store = Store(position.length)
+        self.is_initialized = True
+        self._last_run = 0
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        raise AssertionError("the store takes its shape from the first chunk")
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        position, store = self.position, self.store
+        self._refuse_other_uses(key_states, value_states)
+        if position.writes:
+            store.record(position.start, key_states, value_states)
+        if position.keys_only:
+            raise KeysRecorded
+        if not torch.is_grad_enabled() or not (key_states.requires_grad or value_states.requires_grad):
+            whole_key, whole_value = store.read(0, position.stop)
+        else:
+            whole: Any = _Whole
+            whole_key, whole_value = whole.apply(key_states, value_states, store, position.start)
+        _latest[:] = [Chunk(store, position.start, position.stop, key_states, value_states, whole_key, whole_value)]
+        return whole_key, whole_value
+
+    def _refuse_other_uses(self, key: Tensor, value: Tensor) -> None:
+        width = self.position.stop - self.position.start
+        if self._last_run == self.position.runs:
+            raise Unstreamable("it records keys and values twice")
+        if any(states.ndim != 4 or states.shape[2] != width for states in (key, value)):
+            raise Unstreamable(f"its keys and values are {list(key.shape)} and {list(value.shape)}")
+        self._last_run = self.position.runs
+
+    def get_seq_length(self) -> int:
+        return self.position.start
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.position.start + query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+
+class StreamCache(Cache):  # type: ignore[misc]
+    """What a model, or one of its layers, takes for `past_key_values`."""
+
+    def __init__(self, length: int, offload: bool = False) -> None:
+        super().__init__(layers=[])
+        self.position = Position(length)
+        self.offload = offload
+
+    def scale(self, factor: float) -> None:
+        """Of what later chunks have left on the next chunk's keys and values."""
+        for layer in self.layers:
+            layer.store.factor = factor
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        while len(self.layers) <= layer_idx:
+            self.layers.append(StreamLayer(self.position))
+        return self.layers[layer_idx].update(key_states, value_states)  # type: ignore[no-any-return]
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self.position.start
+
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        return self.position.start
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
+        return self.position.start + query_length, 0
+
+
+def forget() -> None:
+    """Let go of a chunk whose attention did not ask for it."""
+    _latest.clear()
