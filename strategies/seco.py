@@ -6,10 +6,10 @@ from typing import Any
 from torch import nn
 
 from distrib.contracts import Engine, Step
-from distrib.errors import Refused
 from distrib.topology import Topology
 from strategies.core.contract import Strategy
 from strategies.core.objectives import Objective
+from strategies.streaming.router import refuse_router_loss
 
 
 @dataclass(frozen=True)
@@ -31,10 +31,7 @@ class SeCO(Strategy):
             raise ValueError(f"chunk={self.chunk}: a number of positions")
 
     def check(self, config: Any, topology: Topology) -> None:
-        if getattr(config, "output_router_logits", False):
-            raise Refused(
-                "output_router_logits=true with strategy seco: the router's loss is not a sum over chunks; set it to false"
-            )
+        refuse_router_loss("seco", config)
 
     def step(self, model: nn.Module, engine: Engine, objective: Objective) -> Step:
         from strategies.streaming.step import ChunkedStep

@@ -6,12 +6,12 @@ from typing import Any, Literal
 
 from torch import nn
 
-from distrib.errors import Refused
 from distrib.topology import Topology
-from distrib.units import blocks
 from strategies.core.contract import Strategy
 from strategies.core.edits import Edit, Wrap
+from strategies.streaming.backbone import find_backbone, find_layers
 from strategies.streaming.blocks import Block, StreamedBackbone, StreamedBlock, Streaming
+from strategies.streaming.router import refuse_router_loss
 
 
 @dataclass(frozen=True)
@@ -33,18 +33,15 @@ class StreamBP(Strategy):
             raise ValueError(f"chunk={self.chunk}: a number of positions, or auto")
 
     def check(self, config: Any, topology: Topology) -> None:
-        if getattr(config, "output_router_logits", False):
-            raise Refused(
-                "output_router_logits=true with strategy streambp: the router's loss would have no gradient; set it to false"
-            )
+        refuse_router_loss("streambp", config)
 
     def edits(self, model: nn.Module, topology: Topology) -> Iterable[Edit]:
         chunk = None if self.chunk == "auto" else int(self.chunk)
         streaming = Streaming(chunk, self.offload, quiet=not topology.main)
-        layers = blocks(model)
+        layers = find_layers(model)
         if not layers:
             return
-        backbone: nn.Module = model.base_model  # type: ignore[assignment]
+        backbone = find_backbone(model, [layer for _, layer in layers])
         name = next(name for name, part in model.named_modules() if part is backbone)
         yield Wrap(name, StreamedBackbone, {"_ebbtide_streaming": streaming})
         for name, _ in layers:

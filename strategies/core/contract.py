@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -36,6 +36,8 @@ class Strategy:
     """
 
     fidelity: ClassVar[Fidelity] = Fidelity.EXACT
+    exact_with: ClassVar[Mapping[str, Any]] = {}
+    """For a strategy that is not exact: fields under which it is, so that everything but the estimate is tested."""
     compiles: ClassVar[bool] = True
     """Whether it is right with blocks that torch.compile compiled."""
 

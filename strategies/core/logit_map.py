@@ -52,6 +52,17 @@ class _Output:
         return None
 
 
+class _Before(nn.Module):
+    """Stands for what is between the backbone and the head: gives what the backbone gave."""
+
+    def __init__(self, hidden_1CD: Tensor) -> None:
+        super().__init__()
+        self.hidden_1CD = hidden_1CD
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        return self.hidden_1CD
+
+
 class _Head(nn.Module):
     """Returns the given logits, whatever it is given: what comes before the head is not part of the map."""
 
@@ -66,21 +77,33 @@ class _Head(nn.Module):
 
 def logit_map(model: nn.Module, head: nn.Module) -> LogitMap:
     """The map of `model`, whose output head is `head`; logits in, logits out, both [C, V]."""
-    plain, parts = _plain(model), dict(model.named_children())
-    before = original_class(model)
 
     def run(logits_CV: Tensor) -> Tensor:
-        shell = before.__new__(before)
-        nn.Module.__init__(shell)
-        vars(shell).update(plain, training=model.training)
-        for name, part in parts.items():
-            stub = _Head(logits_CV[None]) if part is head else _Part(part, logits_CV[None, :, :1])
-            setattr(shell, name, stub)
+        shell = _shell(model, head, logits_CV[None])
         ids_1C = torch.zeros(1, logits_CV.shape[0], dtype=torch.long, device=logits_CV.device)
-        mapped: Tensor = before.forward(shell, input_ids=ids_1C, return_dict=True).logits[0]
+        mapped: Tensor = original_class(model).forward(shell, input_ids=ids_1C, return_dict=True).logits[0]
         return mapped
 
     return run
+
+
+def _shell(module: nn.Module, head: nn.Module, logits_1CV: Tensor, root: bool = True) -> nn.Module:
+    """`module` without weights: a stub in the place of the head, and of every part that has weights and no head."""
+    if module is head:
+        return _Head(logits_1CV)
+    if next(module.parameters(), None) is None and next(module.buffers(), None) is None:
+        return module
+    own = original_class(module)
+    shell: nn.Module = own.__new__(own)
+    nn.Module.__init__(shell)
+    vars(shell).update(_plain(module), training=module.training)
+    for name, part in module.named_children():
+        if any(inner is head for inner in part.modules()) or next(part.parameters(), None) is None:
+            stub = _shell(part, head, logits_1CV, root=False)
+        else:
+            stub = _Part(part, logits_1CV[:, :, :1]) if root else _Before(logits_1CV[:, :, :1])
+        setattr(shell, name, stub)
+    return shell
 
 
 def is_identity(model: nn.Module, head: nn.Module, vocabulary: int) -> bool:

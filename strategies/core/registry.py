@@ -16,7 +16,7 @@ from distrib.topology import Topology
 from strategies.core.contract import Strategy, overrides
 
 GROUP = "ebbtide.strategies"
-_TEXT_ONLY = ("vision_config", "audio_config", "is_encoder_decoder")
+_BEYOND_TEXT = ("vision_config", "audio_config", "patcher_config", "is_encoder_decoder")
 
 
 def _files() -> list[str]:
@@ -114,9 +114,11 @@ def check(strategies: Sequence[Strategy], config: Any, topology: Topology, compi
     """Everything that can be refused without weights, by the strategies together and each alone."""
     if not strategies:
         raise UserError(f"strategy=[]: choose at least one of {', '.join(names())}")
-    beyond_text = [name for name in _TEXT_ONLY if getattr(config, name, None)]
+    beyond_text = [name for name in _BEYOND_TEXT if getattr(config, name, None)]
     if beyond_text:
         raise Refused(f"model type {config.model_type!r} has {beyond_text[0]}: only decoder-only text models train")
+    if config.get_text_config(decoder=True) is not config:
+        raise Refused(f"model type {config.model_type!r} wraps a text model: only decoder-only text models train")
     executors = [name_of(strategy) for strategy in strategies if overrides(strategy, "step")]
     if len(executors) > 1:
         raise Refused(f"strategies {' and '.join(executors)} each run the whole step: use one of them")

@@ -8,8 +8,9 @@ Shapes: T positions of the sequence, [start, stop) a chunk.
 
 from __future__ import annotations
 
+import copy
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,13 +39,15 @@ class Cut:
 
 @dataclass
 class Layout:
-    """How one layer is run in chunks, as a trial has shown; `whole` says why it is not."""
+    """How one layer is run in chunks, as a trial has shown; `whole` says why it is not, and `kept` why it is not even
+    recomputed but left to autograd as it is."""
 
     cuts: dict[Path, Cut] = field(default_factory=dict)
     outputs: list[int | None] = field(default_factory=list)
     dense: bool = False
     """The layer's attention is its own and takes an additive tensor for its mask."""
     whole: str | None = None
+    kept: str | None = None
 
 
 def named_arguments(forward: Callable[..., Any], layer: Any, args: Any, kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -62,7 +65,10 @@ def named_arguments(forward: Callable[..., Any], layer: Any, args: Any, kwargs: 
 
 
 def cache_name(forward: Callable[..., Any]) -> str:
-    taken = [name for name in CACHE_NAMES if name in inspect.signature(forward).parameters]
+    parameters = inspect.signature(forward).parameters
+    taken = [name for name in CACHE_NAMES if name in parameters]
+    if not taken and all(x.kind is not x.VAR_KEYWORD for x in parameters.values()):
+        raise Unstreamable("it takes no cache of keys and values")
     return taken[0] if taken else CACHE_NAMES[0]
 
 
@@ -79,8 +85,10 @@ def walk(value: Any, change: Callable[[Path, Any], Any], path: Path = ()) -> Any
         return change(path, value)
     if isinstance(value, tuple | list) and type(value) in (tuple, list):
         return type(value)(walk(item, change, (*path, index)) for index, item in enumerate(value))
-    if type(value) is dict:
-        return {name: walk(item, change, (*path, name)) for name, item in value.items()}
+    if isinstance(value, MutableMapping):
+        made = copy.copy(value)
+        made.update({name: walk(item, change, (*path, name)) for name, item in value.items()})
+        return made
     return value
 
 
@@ -127,7 +135,7 @@ def chunk_arguments(
             rows = value.narrow(start, stop)
             return rows.dense(dtype) if layout.dense else rows
         if path not in layout.cuts:
-            raise Unstreamable(f"its argument {path[0]!r} is new")
+            raise Unstreamable(f"a layer's argument {path[0]!r} was not there in its trial: not supported in chunks")
         return layout.cuts[path].apply(value, start, stop)
 
     return {**walk(named, cut), name_of_cache: cache}

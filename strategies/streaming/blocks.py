@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 from distrib.errors import Refused
 from strategies.core.edits import original_class
 from strategies.streaming.arguments import Layout, Path, Slot, named_arguments, walk
+from strategies.streaming.backbone import CHUNK, hidden_states, is_sharded, refuse_lost_gradients
 from strategies.streaming.implementation import using_attention
 from strategies.streaming.layer import LayerRun, split
 from strategies.streaming.offload import Away, Shelf
@@ -82,13 +83,31 @@ class StreamedBackbone:
         if "use_cache" in inspect.signature(original_class(self).forward).parameters:
             kwargs["use_cache"] = False
         if not streaming.tried:
-            blocks = [part for part in self.modules() if "_ebbtide_block" in vars(part)]
-            streaming.attention, layouts = try_layers(self, blocks, quiet=streaming.quiet)
-            for block, layout in zip(blocks, layouts, strict=True):
-                block._ebbtide_block.layout = layout
-            streaming.tried = True
+            try_streaming(self, streaming)
         with streaming.on(self):
             return forward(*args, **kwargs)
+
+
+def try_streaming(backbone: nn.Module, streaming: Streaming) -> None:
+    """Find out how each layer is run, and that together they give the model's gradient."""
+    layers: list[Any] = [part for part in backbone.modules() if "_ebbtide_block" in vars(part)]
+    streaming.attention, layouts = try_layers(backbone, layers, quiet=streaming.quiet)
+    for layer, layout in zip(layers, layouts, strict=True):
+        layer._ebbtide_block.layout = layout
+    if not is_sharded(backbone):
+        chunk, streaming.chunk = streaming.chunk, CHUNK
+
+        def streamed() -> Iterator[Tensor]:
+            with streaming.on(backbone):
+                yield hidden_states(backbone)
+
+        try:
+            refuse_lost_gradients(backbone, streamed)
+        finally:
+            streaming.chunk = chunk
+        for layer in layers:
+            layer._ebbtide_block.backwards = 0
+    streaming.tried = True
 
 
 class StreamedBlock:
@@ -105,7 +124,7 @@ class StreamedBlock:
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         block: Block = self._ebbtide_block
-        if not block.streaming.running:
+        if not block.streaming.running or block.layout.kept:
             return super().forward(*args, **kwargs)  # type: ignore[misc]
         named = named_arguments(original_class(self).forward, self, args, kwargs)
         run, inputs = start_run(self, block, named)
@@ -130,8 +149,10 @@ def start_run(layer: nn.Module, block: Block, named: dict[str, Any]) -> tuple[La
             return Slot(len(paths))
         return value
 
-    hidden_BTD = next(value for value in named.values() if isinstance(value, Tensor))
-    length, layout = hidden_BTD.shape[1], block.layout
+    layout = block.layout
+    name, hidden_BTD = next((name, value) for name, value in named.items() if isinstance(value, Tensor))
+    # Some models stack several hidden states before the rows.
+    length = hidden_BTD.shape[layout.cuts[(name,)].own or 0]
     chunks = [(0, length)] if layout.whole else split(length, chunk_of(block.streaming.chunk, hidden_BTD))
     kept = walk(named, take)
     circumstances = Circumstances.of(layer, hidden_BTD.device)

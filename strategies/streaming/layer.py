@@ -10,6 +10,8 @@ Shapes: T positions of the sequence, [start, stop) a chunk.
 
 from __future__ import annotations
 
+import copy
+from collections.abc import MutableMapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -69,6 +71,8 @@ class LayerRun:
     circumstances: Circumstances
     random_states: list[list[Tensor]] = field(default_factory=list)
     structure: Any = None
+    records: int = 0
+    """How many keys and values a run of one chunk records: one for each of the layer's attentions."""
 
     @property
     def length(self) -> int:
@@ -81,6 +85,7 @@ class LayerRun:
             self.random_states.append(random_state(self.circumstances.device))
             output = self._call(self._arguments(inputs, start, stop, cache), start, stop, cache)
             self.structure = joined.add(output, start, stop)
+            self.records = 0 if cache is None else cache.position.records
         return tuple(joined.tensors)
 
     def backward(
@@ -115,7 +120,7 @@ class LayerRun:
         set_random_state(self.random_states[index], self.circumstances.device)
         try:
             with torch.no_grad():
-                self._call(self._arguments(inputs, start, stop, cache), start, stop, cache, keys_only=True)
+                self._call(self._arguments(inputs, start, stop, cache), start, stop, cache, keys_only=self.records)
         except KeysRecorded:
             return
         raise Unstreamable("it recorded no keys and values")
@@ -141,7 +146,7 @@ class LayerRun:
         cache: StreamCache | None,
         leaves: dict[str, Tensor] | None = None,
         writes: bool = True,
-        keys_only: bool = False,
+        keys_only: int = 0,
     ) -> Any:
         if cache is not None:
             cache.position.move(start, stop, writes, keys_only)
@@ -213,8 +218,10 @@ def _put(held: Any, path: list[str | int], value: Tensor) -> Any:
     if not path:
         return value
     first, *rest = path
-    if isinstance(held, dict):
-        return {**held, first: _put(held[first], rest, value)}
+    if isinstance(held, MutableMapping):
+        made = copy.copy(held)
+        made[first] = _put(held[first], rest, value)
+        return made
     assert isinstance(first, int)
     return type(held)((*held[:first], _put(held[first], rest, value), *held[first + 1 :]))
 

@@ -30,7 +30,7 @@ class Shelf:
 
     def _side_stream(self, device: torch.device) -> Any:
         if self._stream is None:
-            self._stream = torch.cuda.Stream(device)
+            self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         return self._stream
 
     def __getstate__(self) -> dict[str, Any]:

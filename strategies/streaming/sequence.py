@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from distrib.contracts import IGNORE, Batch
 from strategies.core.head import find_tokens
 from strategies.core.objectives import Objective, Stats
+from strategies.streaming.draws import Taken
 from strategies.streaming.implementation import using_attention
 from strategies.streaming.replay import random_state, set_random_state
 from strategies.streaming.store import StreamCache, forget
@@ -115,6 +116,19 @@ class ChunkedBatch:
         self.documents_BT = None if "attention_mask" in batch else document_ids(batch.get("position_ids"))
         self.cache = StreamCache(bounds[-1][1], offload)
         self._random_states: dict[int, list[Tensor]] = {}
+
+    def compensate(self, chunk: Taken) -> None:
+        """Scale what the chunk finds on its keys and values, and what it leaves on those of earlier ones."""
+        leaves_T = None
+        if chunk.leaves is not None:
+            widths = torch.tensor([stop - start for start, stop in self.bounds[: chunk.index]], dtype=torch.long)
+            factors = torch.tensor(chunk.leaves, dtype=torch.float64)
+            leaves_T = factors.repeat_interleave(widths).to(self.shift_labels_BT.device)
+        self.cache.compensate(chunk.left, leaves_T)
+
+    def learned(self) -> list[bool]:
+        """Which chunks have tokens to learn."""
+        return [bool((self.shift_labels_BT[:, start:stop] != IGNORE).any()) for start, stop in self.bounds]
 
     def run(self, index: int, objective: Any, weight: float, learn: bool = True, writes: bool = True) -> Tensor:
         """The objective over a chunk's tokens, divided by `weight`; the same random numbers every time."""

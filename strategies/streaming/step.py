@@ -10,7 +10,7 @@ them, then the chunks with those derivatives as weights.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -19,29 +19,14 @@ from torch import Tensor, nn
 
 from distrib.contracts import IGNORE, Batch, Context, Engine, Result
 from distrib.errors import Refused
-from distrib.units import blocks
 from strategies.core.objectives import Objective
 from strategies.core.prepare import causal_lm
 from strategies.core.steps import seeded
+from strategies.streaming.accumulate import rounded_once
+from strategies.streaming.backbone import find_layers
+from strategies.streaming.draws import Draw, Taken, everything
 from strategies.streaming.sequence import ChunkedBatch, Collected
 from strategies.streaming.trial import try_model
-
-
-@dataclass(frozen=True)
-class Taken:
-    """A chunk that is walked back: the factor of its own loss, and of what later chunks left on its keys and values."""
-
-    index: int
-    own: float = 1.0
-    left: float = 1.0
-
-
-Draw = Callable[[int, Sequence[bool], Context, int], list[Taken]]
-"""(chunks, which of them must be taken, context, micro-batch) -> those taken, in order; the same on every rank."""
-
-
-def everything(count: int, must: Sequence[bool], context: Context, micro_batch: int) -> list[Taken]:
-    return [Taken(index) for index in range(count)]
 
 
 class ChunkedStep:
@@ -68,6 +53,10 @@ class ChunkedStep:
         self._attention: str | None = None
 
     def __call__(self, micro_batches: Sequence[Batch], context: Context) -> Result:
+        with rounded_once(self.model) if self.engine.name == "local" else nullcontext():
+            return self._run(micro_batches, context)
+
+    def _run(self, micro_batches: Sequence[Batch], context: Context) -> Result:
         losses, tokens = [], 0
         for index, batch in enumerate(micro_batches):
             last = index == len(micro_batches) - 1
@@ -109,29 +98,32 @@ class ChunkedStep:
 
     def _one(self, chunked: ChunkedBatch, context: Context, micro_batch: int, last: bool) -> Tensor:
         """Loss and gradients of a micro-batch."""
-        loss, objective = None, self.objective
-        count = len(chunked.bounds)
-        if objective.separable:
-            self._record(chunked, range(count - 1))
-        else:
-            collected = self._collect(chunked, objective.needs)
-            loss, objective = chunked.differentiate(objective, collected, context.weight)
+        # Without any, a chunk that weighs nothing still lets gradients cross ranks.
+        taken = self.draw(len(chunked.bounds), self._must(chunked), context, micro_batch) or [Taken(0, own=0.0)]
+        if self.objective.separable:
+            # Nothing sees what comes after the last chunk that is taken, which records its own keys and values.
+            self._record(chunked, range(taken[-1].index))
+            return self._walk(chunked, taken, self.objective, context.weight, last)
+        collected = self._collect(chunked, self.objective.needs)
+        loss, linear = chunked.differentiate(self.objective, collected, context.weight)
+        self._walk(chunked, taken, linear, 1.0, last)
+        return loss
+
+    def _walk(self, chunked: ChunkedBatch, taken: list[Taken], objective: Any, weight: float, last: bool) -> Tensor:
+        """Backwards from the last chunk to the first; the sum of their losses, each with its factor."""
         losses = []
-        taken = self.draw(count, self._must(chunked), context, micro_batch)
-        for position, chunk in enumerate(reversed(taken)):
-            crossing = last and position == len(taken) - 1
-            weight = context.weight if loss is None else 1.0
-            losses.append(self._backward(chunked, chunk, objective, weight, crossing))
-        return torch.stack(losses).sum() if loss is None else loss
+        for chunk in reversed(taken):
+            crossing = last and chunk is taken[0]
+            losses.append(self._backward(chunked, chunk, objective, weight, crossing, writes=chunk is taken[-1]))
+        return torch.stack(losses).sum()
 
     def _backward(
-        self, chunked: ChunkedBatch, chunk: Taken, objective: Any, weight: float, crossing: bool
+        self, chunked: ChunkedBatch, chunk: Taken, objective: Any, weight: float, crossing: bool, writes: bool
     ) -> Tensor:
-        writes = chunk.index == len(chunked.bounds) - 1
-        chunked.cache.scale(chunk.left)
+        chunked.compensate(chunk)
         with self.engine.micro_batch(crossing):
-            loss = chunked.run(chunk.index, objective, weight, writes=writes)
-            self.engine.backward(loss * chunk.own)
+            loss = chunked.run(chunk.index, objective, weight, writes=writes) * chunk.own
+            self.engine.backward(loss)
         return loss.detach()
 
     def _record(self, chunked: ChunkedBatch, indices: range) -> None:
@@ -158,7 +150,7 @@ class ChunkedStep:
     def _try(self) -> None:
         """Before the first batch: can this model be run so?"""
         if not self._tried:
-            layers = [block for _, block in blocks(self.model)]
+            layers = [block for _, block in find_layers(self.model)]
             with torch.no_grad(), self.engine.micro_batch(last=False):
                 self._attention = try_model(self.engine.module, self.model, layers)
             self._tried = True

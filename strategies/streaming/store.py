@@ -18,8 +18,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from distrib.errors import Refused
 
-class Unstreamable(Exception):
+
+class Unstreamable(Refused):
     """A layer does with its cache what chunks with recorded keys and values cannot follow."""
 
 
@@ -36,8 +38,10 @@ class Store:
     values: Tensor | None = None
     by_keys: Tensor | None = None
     by_values: Tensor | None = None
-    factor: float = 1.0
-    """Times what later chunks have left on a chunk's keys and values; an estimator's compensation."""
+    left: float = 1.0
+    leaves_T: Tensor | None = None
+    """An estimator's compensation: times what later chunks have left on the running chunk's keys and values, and
+    times what it leaves at each earlier position."""
     collected: int | None = None
 
     def record(self, start: int, key_BHCD: Tensor, value_BHCD: Tensor) -> None:
@@ -66,8 +70,11 @@ class Store:
             self.by_keys = torch.zeros_like(self.keys, dtype=dtype)
             self.by_values = torch.zeros_like(self.values, dtype=dtype)
         stop = start + by_keys_BHCD.shape[2]
-        self.by_keys[:, :, start:stop] += by_keys_BHCD
-        self.by_values[:, :, start:stop] += by_values_BHCD
+        for total, by in ((self.by_keys, by_keys_BHCD), (self.by_values, by_values_BHCD)):
+            if self.leaves_T is None:
+                total[:, :, start:stop] += by
+            else:
+                total[:, :, start:stop].addcmul_(by.to(total.dtype), self.leaves_T[start:stop, None].to(total.dtype))
 
     def collect(self, start: int, by_keys_BHCD: Tensor, by_values_BHCD: Tensor) -> tuple[Tensor, Tensor]:
         """A chunk's own gradients of its keys and values, with what later chunks left on them; the latter once,
@@ -78,7 +85,7 @@ class Store:
         stop = start + by_keys_BHCD.shape[2]
         left = self.by_keys[:, :, start:stop], self.by_values[:, :, start:stop]
         by_keys, by_values = (
-            torch.add(theirs, mine) if self.factor == 1 else torch.add(mine, theirs, alpha=self.factor)
+            torch.add(theirs, mine) if self.left == 1 else torch.add(mine, theirs, alpha=self.left)
             for mine, theirs in zip((by_keys_BHCD, by_values_BHCD), left, strict=True)
         )
         return by_keys.to(by_keys_BHCD.dtype), by_values.to(by_values_BHCD.dtype)
@@ -137,11 +144,14 @@ class Position:
     start: int = 0
     stop: int = 0
     writes: bool = True
-    keys_only: bool = False
+    keys_only: int = 0
+    """After how many records nothing else is wanted of this run, if not 0."""
+    records: int = 0
     runs: int = 0
 
-    def move(self, start: int, stop: int, writes: bool = True, keys_only: bool = False) -> None:
+    def move(self, start: int, stop: int, writes: bool = True, keys_only: int = 0) -> None:
         self.start, self.stop, self.writes, self.keys_only = start, stop, writes, keys_only
+        self.records = 0
         self.runs += 1
 
 
@@ -165,7 +175,8 @@ class StreamLayer(CacheLayerMixin):  # type: ignore[misc]
         self._refuse_other_uses(key_states, value_states)
         if position.writes:
             store.record(position.start, key_states, value_states)
-        if position.keys_only:
+        position.records += 1
+        if position.records == position.keys_only:
             raise KeysRecorded
         if not torch.is_grad_enabled() or not (key_states.requires_grad or value_states.requires_grad):
             whole_key, whole_value = store.read(0, position.stop)
@@ -201,10 +212,10 @@ class StreamCache(Cache):  # type: ignore[misc]
         self.position = Position(length)
         self.offload = offload
 
-    def scale(self, factor: float) -> None:
-        """Of what later chunks have left on the next chunk's keys and values."""
+    def compensate(self, left: float, leaves_T: Tensor | None) -> None:
+        """The factors of the chunk that comes next."""
         for layer in self.layers:
-            layer.store.factor = factor
+            layer.store.left, layer.store.leaves_T = left, leaves_T
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -221,6 +232,11 @@ class StreamCache(Cache):  # type: ignore[misc]
 
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
         return self.position.start + query_length, 0
+    def _other_state(self, *_: Any, **__: Any) -> Any:
+        raise Unstreamable("it keeps a state that is not keys and values")
+
+    has_previous_state = get_conv_state = update_conv_state = _other_state
+    get_recurrent_state = update_recurrent_state = update_indexer = _other_state
 
 
 def forget() -> None:

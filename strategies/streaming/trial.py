@@ -13,29 +13,41 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator, MutableMapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from transformers import Cache
 
 from distrib.contracts import IGNORE
 from distrib.errors import Refused
 from strategies.core.edits import original_class
 from strategies.streaming.arguments import Layout, Path, Rows, cut_of, learn, named_arguments, walk
+from strategies.streaming.backbone import (
+    BOUND,
+    CHUNK,
+    LENGTH,
+    ROWS,
+    cotangent,
+    evaluating,
+    find_backbone,
+    hidden_states,
+    is_sharded,
+    one_line,
+    precision_of,
+    refuse_lost_gradients,
+    takes,
+    tokens,
+)
 from strategies.streaming.implementation import NAME, using_attention
 from strategies.streaming.layer import Bare, LayerRun, put, split, tensors
 from strategies.streaming.replay import Circumstances
-from strategies.streaming.store import StreamCache, Unstreamable
+from strategies.streaming.store import StreamCache, Unstreamable, forget
 
-LENGTH = 23
-CHUNK = 8
-ROWS = 2
 SAMPLE = 4096
-BOUND = {torch.float64: 1e-9, torch.float32: 1e-3}
 HALF_BOUND = {torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
 log = logging.getLogger("ebbtide")
@@ -43,10 +55,11 @@ log = logging.getLogger("ebbtide")
 
 @dataclass(frozen=True)
 class Outcome:
-    """A layer's outputs and a sample of its gradients."""
+    """A layer's outputs, a sample of its gradients, and how exactly they can be compared."""
 
     outputs: list[Tensor]
     gradients: list[Tensor]
+    bound: float = 0.0
 
     def difference(self, other: Outcome) -> float:
         """The largest relative one; infinite for other shapes or anything that is not a number."""
@@ -54,31 +67,55 @@ class Outcome:
         if any(a.shape != b.shape for a, b in pairs):
             return float("inf")
         scale = max((a.norm().item() for a in self.gradients), default=0.0)
-        found = [(a - b).norm().item() / max(a.norm().item(), 1e-3 * scale, 1e-30) for a, b in pairs]
+        found = [_distance(a.double(), b.double(), 1e-3 * scale) for a, b in pairs]
         return max((x if x == x else float("inf") for x in found), default=0.0)
+
+
+def _distance(one: Tensor, other: Tensor, least: float) -> float:
+    return (one - other).norm().item() / max(one.norm().item(), least, 1e-30)
+
+
+Calls = dict[int, list[Outcome]]
+"""By the layer's number: some models call a layer several times."""
 
 
 def try_layers(backbone: nn.Module, layers: list[nn.Module], quiet: bool = False) -> tuple[str | None, list[Layout]]:
     """The attention to use, and how each layer is run; Refused when one of them is not even right as a whole."""
-    truths: dict[int, Outcome] = {}
-    _run_through(backbone, layers, None, lambda index, trial: truths.__setitem__(index, trial.as_it_is()))
+    truths: Calls = {index: [] for index in range(len(layers))}
+    kept: dict[int, str] = {}
+    try:
+        _run_through(backbone, layers, None, lambda index, trial: truths[index].append(trial.as_it_is()), kept)
+    except Exception as error:
+        raise Refused(f"{type(backbone).__name__} cannot be tried: {one_line(error)}") from error
     refusal: Exception | None = None
     for attention in (NAME, None):
-        layouts: dict[int, Layout] = {}
-
-        def choose(index: int, trial: Trial, layouts: dict[int, Layout] = layouts) -> None:
-            layouts[index] = trial.best(truths[index])
-
         try:
-            _run_through(backbone, layers, attention, choose)
+            found = _layouts(backbone, layers, attention, truths, kept)
         except Exception as error:
             refusal = error
             continue
-        found = [layouts[index] for index in range(len(layers))]
         if not quiet:
             _tell(layers, found)
         return attention, found
-    raise Refused(f"{type(backbone).__name__} cannot be streamed: {_line(refusal)}") from refusal
+    raise Refused(f"{type(backbone).__name__} cannot be streamed: {one_line(refusal)}") from refusal
+
+
+def _layouts(
+    backbone: nn.Module, layers: list[nn.Module], attention: str | None, truths: Calls, kept: dict[int, str]
+) -> list[Layout]:
+    layouts = [Layout(kept=kept.get(index), whole=kept.get(index)) for index in range(len(layers))]
+    calls = Counter[int]()
+
+    def choose(index: int, trial: Trial) -> None:
+        if index not in kept:
+            layouts[index] = trial.best(truths[index][calls[index]], layouts[index] if calls[index] else None)
+        calls[index] += 1
+
+    _run_through(backbone, layers, attention, choose)
+    for index, layout in enumerate(layouts):
+        if not calls[index]:
+            layout.kept = layout.whole = "the model did not call it"
+    return layouts
 
 
 def _tell(layers: list[nn.Module], layouts: list[Layout]) -> None:
@@ -87,41 +124,54 @@ def _tell(layers: list[nn.Module], layouts: list[Layout]) -> None:
         log.warning("%d of %d layers (%s) run whole, not in chunks: %s", count, len(layers), name, why)
 
 
-def _line(error: Exception | None) -> str:
-    return " ".join(str(error).split())[:200]
-
-
 def _run_through(
-    backbone: nn.Module, layers: list[nn.Module], attention: str | None, visit: Callable[[int, Trial], None]
+    backbone: nn.Module,
+    layers: list[nn.Module],
+    attention: str | None,
+    visit: Callable[[int, Trial], None],
+    kept: dict[int, str] | None = None,
 ) -> None:
-    """The backbone's forward on a few tokens, in evaluation mode and full precision, each layer's call visited."""
-    ids_BT = _tokens(backbone)
-    with (
-        torch.no_grad(),
-        torch.autocast(ids_BT.device.type, enabled=False),
-        using_attention(backbone, attention),
-        evaluating_parts(backbone),
-        _visited(layers, attention, visit),
-    ):
-        original_class(backbone).forward(backbone, input_ids=ids_BT, use_cache=False)
+    """The backbone's forward on a few tokens, in evaluation mode and full precision, each layer's call visited.
 
+    `kept` gets the layers that put tensors into their arguments, for others to find there.
+    """
 
-def _tokens(backbone: nn.Module) -> Tensor:
+    def visiting(index: int, layer: nn.Module) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            own = original_class(layer).forward
+            named = named_arguments(own, layer, args, kwargs)
+            visit(index, Trial(layer, attention, named))
+            before = _held(named)
+            output = own(layer, *args, **kwargs)
+            if kept is not None and _held(named) != before:
+                kept[index] = "it hands tensors to other layers in its arguments"
+            return output
+
+        return forward
+
     device = next(backbone.parameters()).device
-    vocabulary = int(backbone.config.vocab_size)  # type: ignore[union-attr,arg-type]
-    return (torch.arange(ROWS * LENGTH, device=device).view(ROWS, LENGTH) * 7 + 1) % vocabulary
-
-
-@contextmanager
-def evaluating_parts(module: nn.Module) -> Iterator[None]:
-    """Dropout off, and every part as it was afterwards."""
-    modes = [(part, part.training) for part in module.modules()]
-    module.eval()
+    # What a packed batch will bring must be known by then.
+    position_BT = torch.arange(LENGTH, device=device).repeat(ROWS, 1)
+    positions = {"position_ids": position_BT} if "position_ids" in takes(backbone) else {}
+    for index, layer in enumerate(layers):
+        vars(layer)["forward"] = visiting(index, layer)
     try:
-        yield
+        with (
+            torch.no_grad(),
+            torch.autocast(device.type, enabled=False),
+            using_attention(backbone, attention),
+            evaluating(backbone),
+        ):
+            original_class(backbone).forward(backbone, input_ids=tokens(backbone), use_cache=False, **positions)
     finally:
-        for part, training in modes:
-            part.training = training
+        for layer in layers:
+            vars(layer).pop("forward")
+
+
+def _held(named: dict[str, Any]) -> list[int]:
+    found: list[int] = []
+    walk(named, lambda _, value: found.append(id(value)))
+    return found
 
 
 def try_model(module: nn.Module, model: nn.Module, layers: list[nn.Module]) -> str | None:
@@ -129,10 +179,10 @@ def try_model(module: nn.Module, model: nn.Module, layers: list[nn.Module]) -> s
 
     `module` is what an engine has around `model`: engines want to be entered from outside.
     """
-    backbone: Any = model.base_model
+    backbone: Any = find_backbone(model, layers)
     found: list[str | None] = []
 
-    def forward(**kwargs: Any) -> Any:
+    def forward(*args: Any, **kwargs: Any) -> Any:
         attention, layouts = try_layers(backbone, layers, quiet=True)
         whole = [(layer, layout.whole) for layer, layout in zip(layers, layouts, strict=True) if layout.whole]
         if whole:
@@ -140,56 +190,57 @@ def try_model(module: nn.Module, model: nn.Module, layers: list[nn.Module]) -> s
             raise Refused(f"{len(whole)} of {len(layers)} layers ({type(layer).__name__}) cannot run in chunks: {why}")
         if any(layout.dense for layout in layouts):
             attention = None
-        _compare_chunked(backbone, attention)
+        _try_chunks(backbone, attention)
         found.append(attention)
-        return original_class(backbone).forward(backbone, **kwargs)
+        return original_class(backbone).forward(backbone, *args, **kwargs)
 
-    ids_BT = _tokens(backbone)
+    ids_BT = tokens(backbone)
     vars(backbone)["forward"] = forward
     try:
-        with evaluating_parts(module):
+        with evaluating(module):
             module(input_ids=ids_BT, shift_labels=torch.full_like(ids_BT, IGNORE), use_cache=False)
     finally:
         vars(backbone).pop("forward")
     return found[0]
 
 
-def _compare_chunked(backbone: nn.Module, attention: str | None) -> None:
-    """The hidden states of a run in chunks are those of a run at once."""
-    ids_BT, cache = _tokens(backbone), StreamCache(LENGTH)
-    own = original_class(backbone).forward
-    with evaluating_parts(backbone), torch.autocast(ids_BT.device.type, enabled=False):
-        wanted = own(backbone, input_ids=ids_BT, use_cache=False)[0]
-        parts = []
-        for start, stop in split(LENGTH, CHUNK):
-            cache.position.move(start, stop)
-            with using_attention(backbone, attention):
-                output = own(backbone, input_ids=ids_BT[:, start:stop], past_key_values=cache, use_cache=True)
-            parts.append(output[0])
+def _try_chunks(backbone: nn.Module, attention: str | None) -> None:
+    """The hidden states of a run in chunks are those of a run at once, and so is their gradient."""
+    device = next(backbone.parameters()).device
+    with evaluating(backbone), torch.autocast(device.type, enabled=False), torch.no_grad():
+        wanted = hidden_states(backbone)
+        cache = StreamCache(LENGTH)
+        try:
+            parts = [_chunk(backbone, attention, cache, start, stop) for start, stop in split(LENGTH, CHUNK)]
+        except Exception as error:
+            raise Refused(f"{type(backbone).__name__} does not run in chunks: {one_line(error)}") from error
     difference = (torch.cat(parts, 1) - wanted).norm() / wanted.norm()
-    if not difference < HALF_BOUND.get(wanted.dtype, BOUND.get(wanted.dtype, 0.0)):
+    if not difference < HALF_BOUND.get(wanted.dtype, BOUND[torch.float32]):
         raise Refused(f"{type(backbone).__name__} gives other hidden states in chunks, by {difference:.1e}")
+    if not is_sharded(backbone):
+        refuse_lost_gradients(backbone, lambda: _chunks_backwards(backbone, attention))
 
 
-@contextmanager
-def _visited(
-    layers: list[nn.Module], attention: str | None, visit: Callable[[int, Trial], None]
-) -> Iterator[None]:
-    def visiting(index: int, layer: nn.Module) -> Callable[..., Any]:
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            own = original_class(layer).forward
-            visit(index, Trial(layer, attention, named_arguments(own, layer, args, kwargs)))
-            return own(layer, *args, **kwargs)
+def _chunks_backwards(backbone: nn.Module, attention: str | None) -> Iterator[Tensor]:
+    """The hidden states of each chunk with its graph, the last one first."""
+    cache, bounds = StreamCache(LENGTH), split(LENGTH, CHUNK)
+    with torch.no_grad():
+        for start, stop in bounds:
+            _chunk(backbone, attention, cache, start, stop)
+    for start, stop in reversed(bounds):
+        yield _chunk(backbone, attention, cache, start, stop, writes=False)
 
-        return forward
 
-    for index, layer in enumerate(layers):
-        vars(layer)["forward"] = visiting(index, layer)
-    try:
-        yield
-    finally:
-        for layer in layers:
-            vars(layer).pop("forward")
+def _chunk(
+    backbone: nn.Module, attention: str | None, cache: StreamCache, start: int, stop: int, writes: bool = True
+) -> Tensor:
+    cache.position.move(start, stop, writes)
+    ids_BC = tokens(backbone)[:, start:stop]
+    with using_attention(backbone, attention):
+        own = original_class(backbone).forward
+        output: Tensor = own(backbone, input_ids=ids_BC, past_key_values=cache, use_cache=True)[0]
+    forget()
+    return output
 
 
 class Trial(nn.Module):
@@ -203,26 +254,30 @@ class Trial(nn.Module):
 
     def as_it_is(self) -> Outcome:
         """By autograd alone."""
-        for name, value in self.named.items():
-            if isinstance(value, MutableMapping) and not isinstance(value, dict) or (type(value) is dict and value):
-                raise Refused(f"layers of {type(self.layer).__name__} hand each other state in {name!r}")
+        first = next(iter(self.named.values()), None)
+        if not isinstance(first, Tensor) or LENGTH not in first.shape[1:-1]:
+            raise Unstreamable(f"{type(self.layer).__name__} takes other things first than [rows, positions, size]")
+        if any(isinstance(value, Cache) for value in self.named.values()):
+            raise Unstreamable(f"{type(self.layer).__name__} is given a cache in spite of use_cache=False")
         return self._copied(self._plainly)
 
-    def best(self, truth: Outcome) -> Layout:
-        """The first way that gives the same: in chunks if it can be."""
-        masked = [value for value in self.named.values() if isinstance(value, Rows)]
-        reasons: list[str] = []
-        for whole in (False, True):
+    def best(self, truth: Outcome, earlier: Layout | None) -> Layout:
+        """The first way that gives the same: in chunks if it can be. `earlier` is the way of an earlier call."""
+        masked = any(isinstance(value, Rows) for value in self.named.values())
+        reasons = [earlier.whole] if earlier and earlier.whole else []
+        for whole in (False, True)[len(reasons) :]:
             for dense in (False, True) if masked else (False,):
-                layout = Layout(dense=dense, whole=reasons[0] if whole else None)
+                layout = Layout(dict(earlier.cuts) if earlier else {}, dense=dense, whole=reasons[0] if whole else None)
                 try:
                     layout.outputs = [cut_of(output, LENGTH).own for output in truth.outputs]
                     found = self._copied(lambda layout=layout: self._streamed(layout))  # type: ignore[misc]
                     difference = truth.difference(found)
                 except Exception as error:
-                    reasons.append(_line(error) or type(error).__name__)
+                    said = isinstance(error, Unstreamable | Refused)
+                    kind = "" if said else f"it fails in chunks, {type(error).__name__}: "
+                    reasons.append(kind + one_line(error))
                     continue
-                if difference < BOUND[found.outputs[0].dtype]:
+                if difference < truth.bound:
                     return layout
                 reasons.append(f"its gradients differ by {difference:.1e}")
         raise Unstreamable(f"{type(self.layer).__name__}: {reasons[-1]}")
@@ -241,14 +296,15 @@ class Trial(nn.Module):
     def _plainly(self) -> Outcome:
         paths, inputs = self._inputs()
         parameters = [p for p in self.layer.parameters() if p.requires_grad]
+        bound = BOUND[precision_of(lambda: Bare(self.layer)(**self.named))]
         with torch.enable_grad():
             leaves = [x.detach().requires_grad_() for x in inputs]
             outputs = tensors(Bare(self.layer)(**put(self.named, paths, tuple(leaves))))
-            pairs = [(y, by) for y, by in zip(outputs, _cotangents(outputs), strict=True) if y.requires_grad]
+            pairs = [(y, by) for y, by in zip(outputs, map(cotangent, outputs), strict=True) if y.requires_grad]
             gradients = torch.autograd.grad(
                 [y for y, _ in pairs], [*leaves, *parameters], [by for _, by in pairs], materialize_grads=True
             )
-        return Outcome([y.detach() for y in outputs], [_sample(g) for g in gradients])
+        return Outcome([y.detach() for y in outputs], [_sample(g) for g in gradients], bound)
 
     def _streamed(self, layout: Layout) -> Outcome:
         paths, inputs = self._inputs()
@@ -261,7 +317,7 @@ class Trial(nn.Module):
         outputs = run.forward(tuple(inputs))
         parameters = [p for p in self.layer.parameters() if p.requires_grad]
         wanted = (True,) * (len(inputs) + len(parameters))
-        found = run.backward(tuple(inputs), tuple(_cotangents(list(outputs))), wanted)
+        found = run.backward(tuple(inputs), tuple(map(cotangent, outputs)), wanted)
         given = [*inputs, *parameters]
         gradients = [torch.zeros_like(x) if g is None else g for x, g in zip(given, found, strict=True)]
         return Outcome(list(outputs), [_sample(g) for g in gradients])
@@ -287,16 +343,6 @@ def _exact(value: Any) -> Any:
     if isinstance(value, Tensor) and value.dtype in (torch.bfloat16, torch.float16):
         return value.float()
     return value
-
-
-def _cotangents(outputs: list[Tensor]) -> list[Tensor]:
-    """The same for the same shapes, different at every entry."""
-    made = []
-    for number, output in enumerate(outputs):
-        generator = torch.Generator().manual_seed(number)
-        drawn = torch.randn(output.shape, generator=generator, dtype=torch.float64)
-        made.append(drawn.to(output.device, output.dtype if output.is_floating_point() else torch.float32))
-    return made
 
 
 def _sample(gradient: Tensor) -> Tensor:
