@@ -195,7 +195,9 @@ class Joined:
 def without_attentions(output: Any) -> Any:
     """What a layer returns, with None in the place of attention weights: no one asks for them in training."""
     if isinstance(output, tuple):
-        return tuple(None if isinstance(item, Tensor) and item.ndim == 4 else item for item in output)
+        return tuple(
+            None if index and isinstance(item, Tensor) and item.ndim == 4 else item for index, item in enumerate(output)
+        )
     return output
 
 

@@ -1,8 +1,8 @@
-"""Layer inputs away from the device until their backward.
+"""Memory outside the device: for layer inputs until their backward, and for recorded keys and values.
 
-On a GPU they go to pinned host memory on a stream of their own, while the next layer runs, and come back while the
-layer above runs backwards. On a CPU, where there is no second memory, they go to a file that is mapped only while
-it is written or read.
+On a GPU it is pinned host memory; layer inputs travel on a stream of their own, there while the next layer runs and
+back while the layer above runs backwards. On a CPU, where there is no second memory, it is a file that is mapped only
+while it is written or read.
 """
 
 from __future__ import annotations
@@ -13,6 +13,33 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+
+class FileMemory:
+    """A tensor in a file without a name: gone with the process, however that ends."""
+
+    def __init__(self, shape: torch.Size, dtype: torch.dtype) -> None:
+        self.shape, self.dtype = shape, dtype
+        self._file = tempfile.TemporaryFile(prefix="ebbtide-")  # noqa: SIM115
+        # What is not written yet reads as zero.
+        self._file.truncate(max(1, shape.numel() * dtype.itemsize))
+
+    def tensor(self) -> Tensor:
+        """Mapped for as long as it is held."""
+        name = f"/proc/self/fd/{self._file.fileno()}"
+        return torch.from_file(name, shared=True, size=self.shape.numel(), dtype=self.dtype).view(self.shape)
+
+
+class PinnedMemory:
+    def __init__(self, shape: torch.Size, dtype: torch.dtype) -> None:
+        self._host = torch.zeros(shape, dtype=dtype, pin_memory=True)
+
+    def tensor(self) -> Tensor:
+        return self._host
+
+
+def outside(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> FileMemory | PinnedMemory:
+    return PinnedMemory(shape, dtype) if device.type == "cuda" else FileMemory(shape, dtype)
 
 
 class Shelf:
@@ -46,22 +73,16 @@ class Away:
 
 class InFile(Away):
     def __init__(self, tensor: Tensor) -> None:
-        self.shape, self.dtype = tensor.shape, tensor.dtype
-        # Without a name: gone with the process, however that ends.
-        self.file = tempfile.TemporaryFile(prefix="ebbtide-")  # noqa: SIM115
-        self.file.truncate(max(1, tensor.numel() * tensor.element_size()))
-        self._mapped().copy_(tensor.detach().reshape(-1))
-
-    def _mapped(self) -> Tensor:
-        count = self.shape.numel()
-        name = f"/proc/self/fd/{self.file.fileno()}"
-        return torch.from_file(name, shared=True, size=count, dtype=self.dtype)
+        self._memory = FileMemory(tensor.shape, tensor.dtype)
+        self._memory.tensor().copy_(tensor.detach())
 
     def back(self) -> Tensor:
-        return self._mapped().clone().view(self.shape)
+        return self._memory.tensor().clone()
 
 
 class OnHost(Away):
+    """`below` was put away before it, so it comes back after it: its way back begins when this one is back."""
+
     def __init__(self, tensor: Tensor, stream: Any, below: Away | None) -> None:
         self.device, self.stream = tensor.device, stream
         self.below = below

@@ -18,6 +18,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from strategies.streaming.offload import outside
+
 from distrib.errors import Refused
 
 
@@ -29,15 +31,52 @@ class KeysRecorded(Exception):
     """The chunk's keys and values are known, and nothing else of it is wanted."""
 
 
+class Buffer:
+    """[B, H, T, D] of one kind, filled and read by positions."""
+
+    def __init__(self, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> None:
+        self._whole = torch.zeros(shape, dtype=dtype, device=device)
+
+    def write(self, start: int, part_BHCD: Tensor) -> None:
+        self.read(start, start + part_BHCD.shape[2]).copy_(part_BHCD)
+
+    def read(self, start: int, stop: int) -> Tensor:
+        return self._whole[:, :, start:stop]
+
+    def add(self, start: int, part_BHCD: Tensor) -> None:
+        self.read(start, start + part_BHCD.shape[2]).add_(part_BHCD)
+
+
+class OutsideBuffer(Buffer):
+    """The same outside the device; what is read is a copy. Positions come first, so that transfers are contiguous."""
+
+    def __init__(self, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> None:
+        rows, heads, length, size = shape
+        self._memory = outside(torch.Size((length, rows, heads, size)), dtype, device)
+        self._device = device
+
+    def write(self, start: int, part_BHCD: Tensor) -> None:
+        part_CBHD = part_BHCD.permute(2, 0, 1, 3).contiguous()
+        self._memory.tensor()[start : start + len(part_CBHD)].copy_(part_CBHD, non_blocking=True)
+
+    def read(self, start: int, stop: int) -> Tensor:
+        part_CBHD = self._memory.tensor()[start:stop].to(self._device, non_blocking=True, copy=True)
+        return part_CBHD.permute(1, 2, 0, 3)
+
+    def add(self, start: int, part_BHCD: Tensor) -> None:
+        self.write(start, self.read(start, start + part_BHCD.shape[2]).add_(part_BHCD))
+
+
 @dataclass
 class Store:
     """The keys and values of one layer, and their gradients while chunks are walked back."""
 
     length: int
-    keys: Tensor | None = None
-    values: Tensor | None = None
-    by_keys: Tensor | None = None
-    by_values: Tensor | None = None
+    offload: bool = False
+    keys: Buffer | None = None
+    values: Buffer | None = None
+    by_keys: Buffer | None = None
+    by_values: Buffer | None = None
     left: float = 1.0
     leaves_T: Tensor | None = None
     """An estimator's compensation: times what later chunks have left on the running chunk's keys and values, and
@@ -46,35 +85,32 @@ class Store:
 
     def record(self, start: int, key_BHCD: Tensor, value_BHCD: Tensor) -> None:
         if self.keys is None or self.values is None:
-            self.keys, self.values = self._whole(key_BHCD), self._whole(value_BHCD)
-        stop = start + key_BHCD.shape[2]
-        self.keys[:, :, start:stop] = key_BHCD.detach()
-        self.values[:, :, start:stop] = value_BHCD.detach()
+            self.keys, self.values = self._buffer(key_BHCD), self._buffer(value_BHCD)
+        self.keys.write(start, key_BHCD.detach())
+        self.values.write(start, value_BHCD.detach())
 
-    def _whole(self, part_BHCD: Tensor) -> Tensor:
+    def _buffer(self, part_BHCD: Tensor, dtype: torch.dtype | None = None) -> Buffer:
         rows, heads, _, size = part_BHCD.shape
-        return part_BHCD.new_empty(rows, heads, self.length, size)
+        shape = torch.Size((rows, heads, self.length, size))
+        kind = OutsideBuffer if self.offload else Buffer
+        return kind(shape, dtype or part_BHCD.dtype, part_BHCD.device)
 
     def read(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
         assert self.keys is not None
         assert self.values is not None
-        return self.keys[:, :, start:stop], self.values[:, :, start:stop]
+        return self.keys.read(start, stop), self.values.read(start, stop)
 
     def leave(self, start: int, by_keys_BHCD: Tensor, by_values_BHCD: Tensor) -> None:
         """Add to the gradients of the keys and values from `start` on."""
         if self.by_keys is None or self.by_values is None:
-            assert self.keys is not None
-            assert self.values is not None
             # Sums over many chunks: in float32 at least.
-            dtype = torch.promote_types(self.keys.dtype, torch.float32)
-            self.by_keys = torch.zeros_like(self.keys, dtype=dtype)
-            self.by_values = torch.zeros_like(self.values, dtype=dtype)
-        stop = start + by_keys_BHCD.shape[2]
-        for total, by in ((self.by_keys, by_keys_BHCD), (self.by_values, by_values_BHCD)):
-            if self.leaves_T is None:
-                total[:, :, start:stop] += by
-            else:
-                total[:, :, start:stop].addcmul_(by.to(total.dtype), self.leaves_T[start:stop, None].to(total.dtype))
+            dtype = torch.promote_types(by_keys_BHCD.dtype, torch.float32)
+            self.by_keys, self.by_values = self._buffer(by_keys_BHCD, dtype), self._buffer(by_values_BHCD, dtype)
+        if self.leaves_T is not None:
+            leaves_C1 = self.leaves_T[start : start + by_keys_BHCD.shape[2], None].to(by_keys_BHCD.dtype)
+            by_keys_BHCD, by_values_BHCD = by_keys_BHCD * leaves_C1, by_values_BHCD * leaves_C1
+        self.by_keys.add(start, by_keys_BHCD)
+        self.by_values.add(start, by_values_BHCD)
 
     def collect(self, start: int, by_keys_BHCD: Tensor, by_values_BHCD: Tensor) -> tuple[Tensor, Tensor]:
         """A chunk's own gradients of its keys and values, with what later chunks left on them; the latter once,
@@ -83,7 +119,7 @@ class Store:
             return by_keys_BHCD, by_values_BHCD
         self.collected = start
         stop = start + by_keys_BHCD.shape[2]
-        left = self.by_keys[:, :, start:stop], self.by_values[:, :, start:stop]
+        left = self.by_keys.read(start, stop), self.by_values.read(start, stop)
         by_keys, by_values = (
             torch.add(theirs, mine) if self.left == 1 else torch.add(mine, theirs, alpha=self.left)
             for mine, theirs in zip((by_keys_BHCD, by_values_BHCD), left, strict=True)
@@ -141,6 +177,7 @@ class Position:
     """Where a run stands: the layers of a cache share one."""
 
     length: int
+    offload: bool = False
     start: int = 0
     stop: int = 0
     writes: bool = True
@@ -163,7 +200,7 @@ class StreamLayer(CacheLayerMixin):  # type: ignore[misc]
     def __init__(self, position: Position) -> None:
         super().__init__()
         self.position = position
-        self.store = Store(position.length)
+        self.store = Store(position.length, position.offload)
         self.is_initialized = True
         self._last_run = 0
 
@@ -209,8 +246,7 @@ class StreamCache(Cache):  # type: ignore[misc]
 
     def __init__(self, length: int, offload: bool = False) -> None:
         super().__init__(layers=[])
-        self.position = Position(length)
-        self.offload = offload
+        self.position = Position(length, offload)
 
     def compensate(self, left: float, leaves_T: Tensor | None) -> None:
         """The factors of the chunk that comes next."""

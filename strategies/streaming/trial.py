@@ -311,9 +311,7 @@ class Trial(nn.Module):
         layout.cuts.update(learn(self.named, LENGTH))
         chunks = [(0, LENGTH)] if layout.whole else split(LENGTH, CHUNK)
         circumstances = Circumstances.of(self.layer, inputs[0].device)
-        run = LayerRun(
-            self.layer, layout, self.attention, chunks, self.named, paths, inputs[0].dtype, circumstances
-        )
+        run = LayerRun(self.layer, layout, self.attention, chunks, self.named, paths, inputs[0].dtype, circumstances)
         outputs = run.forward(tuple(inputs))
         parameters = [p for p in self.layer.parameters() if p.requires_grad]
         wanted = (True,) * (len(inputs) + len(parameters))
