@@ -169,8 +169,10 @@ def _quieten() -> None:
 
 def _train_rank(recipe: Recipe) -> dict[str, Any]:
     from distrib.topology import connect, read_environment
+    from launch.console import show_notes
     from launch.train import train
 
+    show_notes()
     topology = read_environment()
     if recipe.nproc > 1 and recipe.nproc != topology.local_world:
         raise UserError(
@@ -216,6 +218,8 @@ def _data(arguments: argparse.Namespace) -> int:
 
 def _strategies(arguments: argparse.Namespace) -> int:
     import dataclasses
+    import inspect
+    import textwrap
 
     import strategies
 
@@ -223,14 +227,15 @@ def _strategies(arguments: argparse.Namespace) -> int:
     for name in strategies.names():
         kind = strategies.get(name)
         defaults = {field.name: field.default for field in dataclasses.fields(kind)}
-        idea = (kind.__doc__ or "").strip().splitlines()[0]
+        idea = " ".join(inspect.cleandoc(kind.__doc__ or "").split("\n\n")[0].split())
         rows.append({"name": name, "fidelity": kind.fidelity.name.lower(), "fields": defaults, "idea": idea})
     if arguments.json:
         _show({"strategies": rows}, as_json=True)
         return 0
     for row in rows:
-        given = ", ".join(f"{key}={value}" for key, value in row["fields"].items())
-        print(f"{row['name']:14} {row['fidelity']:12} {row['idea']}{f' [{given}]' if given else ''}")
+        given = " ".join(f"{key}={value}" for key, value in row["fields"].items())
+        print(f"{row['name']:16} {row['fidelity']:12} {given}".rstrip())
+        print(textwrap.fill(row["idea"], 110, initial_indent="    ", subsequent_indent="    "))
     return 0
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Mapping
 from typing import IO, Any
+
+from launch.spawn import say
 
 GIB = 2**30
 TRAINING = ("loss", "grad_norm", "learning_rate")
@@ -79,3 +82,17 @@ class Console:
     def close(self) -> None:
         if self._bar is not None:
             self._bar.close()
+
+
+def show_notes() -> None:
+    """What strategies find worth saying goes to standard error like everything else that is said."""
+
+    class Say(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            say(record.getMessage())
+
+    log = logging.getLogger("ebbtide")
+    if not log.handlers:
+        log.addHandler(Say())
+    log.setLevel(logging.INFO)
+    log.propagate = False

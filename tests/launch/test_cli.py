@@ -139,8 +139,12 @@ def test_strategies_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["strategies", "--json"]) == 0
     rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)["strategies"]}
     assert rows["plain"]["fidelity"] == "exact"
+    assert rows["spaco"]["fidelity"] == "unbiased"
+    assert rows["spaco_published"]["idea"].startswith("BIASED.")
     assert cli.main(["strategies"]) == 0
-    assert capsys.readouterr().out.startswith("plain          exact        ")
+    listed = capsys.readouterr().out
+    assert listed.startswith("plain            exact\n    The model's own forward")
+    assert "\n    BIASED. " in listed
 
 
 def trained(monkeypatch: pytest.MonkeyPatch, train: Any) -> None:
