@@ -25,6 +25,8 @@ from statistics import median, quantiles
 from time import perf_counter
 from typing import Any
 
+from memory import Memory
+
 ROOT = Path(__file__).resolve().parent.parent
 WARM_UP_STEPS = 2
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
@@ -138,39 +140,25 @@ def recipe(options: argparse.Namespace) -> Any:
     return Recipe(config_overrides=overrides, lora_r=options.lora, bf16=options.bf16)
 
 
-class Memory:
-    """Peak above what is there now, with gradients and optimizer states told apart by their size."""
-
-    def __init__(self, model: Any) -> None:
-        import torch
-
-        self.cuda = torch.cuda.is_available()
-        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self.gradients = sum(parameter.numel() * parameter.element_size() for parameter in trained)
-        if self.cuda:
-            torch.cuda.reset_peak_memory_stats()
-            self.start = torch.cuda.memory_allocated()
-        else:
-            Path("/proc/self/clear_refs").write_text("5")
-            self.start = self._status("VmRSS")
-
-    def _status(self, key: str) -> int:
-        line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
-        return int(line.split()[1]) * 1024
-
-    def figures(self) -> dict[str, int]:
-        import torch
-
-        peak = torch.cuda.max_memory_allocated() if self.cuda else self._status("VmHWM")
-        above = peak - self.start - self.gradients
-        return {"peak_with_optimizer_bytes": above, "peak_bytes": above - 2 * self.gradients}
+def gradient_bytes(model: Any) -> int:
+    return sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
 
 
-def figures(options: argparse.Namespace, model: Any, ends: list[float], losses: list[float]) -> dict[str, Any]:
-    """Medians over the timed steps; `ends` are the times at which steps ended."""
+def figures(
+    options: argparse.Namespace, model: Any, memory: Memory, ends: list[float], losses: list[float]
+) -> dict[str, Any]:
+    """Medians over the timed steps; `ends` are the times at which steps ended. The peak holds gradients and two
+    optimizer states, told apart by their size."""
     times = [after - before for before, after in pairwise(ends)][WARM_UP_STEPS - 1 :]
     rate = options.batch * options.length / median(times)
-    return {"tokens_per_s": rate, "mfu": mfu(options, model, rate), "loss_first": losses[0]}
+    above = memory.peak_bytes() - gradient_bytes(model)
+    return {
+        "tokens_per_s": rate,
+        "mfu": mfu(options, model, rate),
+        "loss_first": losses[0],
+        "peak_with_optimizer_bytes": above,
+        "peak_bytes": above - 2 * gradient_bytes(model),
+    }
 
 
 def mfu(options: argparse.Namespace, model: Any, tokens_per_s: float) -> float | None:
@@ -240,9 +228,9 @@ def run_ebbtide(options: argparse.Namespace) -> dict[str, Any]:
             eval_steps=None,
         )
         loop = Loop(plan, engine, step, window, strategies.SFT().weight, _nothing, lambda index: {}, report)
-        memory = Memory(model)
+        memory = Memory()
         loop.run(Progress())
-    return figures(options, model, ends, losses) | memory.figures()
+    return figures(options, model, memory, ends, losses)
 
 
 def _nothing(*_: Any) -> None:
@@ -289,9 +277,9 @@ def run_trainer(options: argparse.Namespace) -> dict[str, Any]:
         )
         data = [{"input_ids": row, "labels": row} for row in tokens]
         trainer = Trainer(model=model, args=arguments, train_dataset=data, callbacks=[Clock()])
-        memory = Memory(model)
+        memory = Memory()
         trainer.train()
-    return figures(options, model, ends, losses) | memory.figures()
+    return figures(options, model, memory, ends, losses)
 
 
 if __name__ == "__main__":

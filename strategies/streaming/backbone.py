@@ -104,9 +104,9 @@ def refuse_lost_gradients(backbone: nn.Module, streamed: Callable[[], Iterator[T
         try:
             precision = precision_of(lambda: hidden_states(backbone))
             wanted_BTD = _input_gradient(backbone, lambda: iter([hidden_states(backbone)]))
+            found_BTD = _input_gradient(backbone, streamed)
         except Exception as error:
-            raise Refused(f"{type(backbone).__name__} has no gradient to compare with: {one_line(error)}") from error
-        found_BTD = _input_gradient(backbone, streamed)
+            raise Refused(f"{type(backbone).__name__} cannot be compared with itself: {one_line(error)}") from error
     difference = ((found_BTD - wanted_BTD).norm() / wanted_BTD.norm()).item()
     if not difference < BOUND.get(precision, HALF_BOUND):
         raise Refused(

@@ -18,9 +18,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from strategies.streaming.offload import outside
-
 from distrib.errors import Refused
+from strategies.streaming.offload import outside
 
 
 class Unstreamable(Refused):
@@ -268,6 +267,7 @@ class StreamCache(Cache):  # type: ignore[misc]
 
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
         return self.position.start + query_length, 0
+
     def _other_state(self, *_: Any, **__: Any) -> Any:
         raise Unstreamable("it keeps a state that is not keys and values")
 

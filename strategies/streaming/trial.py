@@ -25,7 +25,7 @@ from transformers import Cache
 from distrib.contracts import IGNORE
 from distrib.errors import Refused
 from strategies.core.edits import original_class
-from strategies.streaming.arguments import Layout, Path, Rows, cut_of, learn, named_arguments, walk
+from strategies.streaming.arguments import Layout, Path, cut_of, learn, named_arguments, walk
 from strategies.streaming.backbone import (
     BOUND,
     CHUNK,
@@ -46,6 +46,7 @@ from strategies.streaming.implementation import NAME, using_attention
 from strategies.streaming.layer import Bare, LayerRun, put, split, tensors
 from strategies.streaming.replay import Circumstances
 from strategies.streaming.store import StreamCache, Unstreamable, forget
+from strategies.streaming.visibility import Rows
 
 SAMPLE = 4096
 HALF_BOUND = {torch.bfloat16: 5e-2, torch.float16: 1e-2}
@@ -72,7 +73,7 @@ class Outcome:
 
 
 def _distance(one: Tensor, other: Tensor, least: float) -> float:
-    return (one - other).norm().item() / max(one.norm().item(), least, 1e-30)
+    return float((one - other).norm() / max(one.norm().item(), least, 1e-30))
 
 
 Calls = dict[int, list[Outcome]]

@@ -1,0 +1,118 @@
+"""One measured row, in a process of its own.
+
+A first step at a short length warms up and leaves gradients; then come the steps that count, each the forward and
+backward of one sequence of random tokens into gradients that are there already. So peaks are above weights and
+gradients, and hold the gradient of whatever is being added. There is no optimizer.
+
+On a CPU the C library's allocator is asked for one of two things. As it is, it keeps freed blocks, which is fast, and
+what is resident is up to three times what is live. With `exact` it gives them back at once: what is resident is what
+is live, and every block costs its page faults again. So times are taken as it is, peaks with `exact`.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from time import perf_counter, process_time
+from typing import Any
+
+from memory import EXACT_MALLOC, Memory
+from sides import Case, build, trainer
+
+ROOT = Path(__file__).resolve().parent.parent
+# Two chunks and more of what works in chunks: every kernel has run once.
+WARM_UP_LENGTH = 2048
+
+
+def main() -> None:
+    from distrib.errors import UserError
+
+    case = Case(**json.loads(sys.argv[1]))
+    _spare_the_machine()
+    try:
+        row = {"status": "ok"} | (measure_fake if case.fake else measure)(case)
+    except UserError as error:
+        row = {"status": "refused", "why": str(error)}
+    except RuntimeError as error:
+        if "DefaultCPUAllocator" not in str(error) and "CUDA out of memory" not in str(error):
+            raise
+        row = {"status": "oom"}
+    print(json.dumps(row))
+
+
+def in_fresh_process(case: Case, exact: bool = True) -> dict[str, Any]:
+    """The measured row with `status`: ok, oom or refused (and `why`)."""
+    environment = dict(os.environ) | (EXACT_MALLOC if exact else {})
+    environment |= {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+    environment |= {"OMP_NUM_THREADS": str(case.threads), "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, __file__, json.dumps(asdict(case))]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if done.returncode == -signal.SIGKILL:
+        return {"status": "oom"}
+    if done.returncode:
+        sys.exit(f"{case.side} at {case.length} tokens failed:\n{done.stderr[-3000:]}")
+    return dict(json.loads(done.stdout.splitlines()[-1]))
+
+
+def _spare_the_machine() -> None:
+    """A row that does not fit ends itself, not its neighbours."""
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    free_bytes = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    _, most = resource.getrlimit(resource.RLIMIT_DATA)
+    resource.setrlimit(resource.RLIMIT_DATA, (free_bytes, most))
+    Path("/proc/self/oom_score_adj").write_text("1000")
+
+
+def measure(case: Case) -> dict[str, Any]:
+    """`peak_bytes` above weights and gradients; of every step the seconds, and those of all processors."""
+    import torch
+
+    torch.set_num_threads(case.threads)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if case.cap_gib is not None:
+        total = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(case.cap_gib * 2**30 / total)
+    model = build(case, device)
+    train = trainer(case, model)
+    ids = torch.randint(model.config.vocab_size, (1, case.length), device=device)
+    train(ids[:, :WARM_UP_LENGTH])
+    memory, step_s, cpu_s = Memory(), [], []
+    for _ in range(case.steps):
+        start, start_cpu = perf_counter(), process_time()
+        train(ids)
+        if device == "cuda":
+            torch.cuda.synchronize()
+        step_s.append(perf_counter() - start)
+        cpu_s.append(process_time() - start_cpu)
+    return {"peak_bytes": memory.peak_bytes(), "step_s": step_s, "cpu_s": cpu_s}
+
+
+def measure_fake(case: Case) -> dict[str, Any]:
+    """`peak_bytes` of the same run without its data."""
+    import torch
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from tracker import Tracker, tracking
+
+    fake, tracker = FakeTensorMode(), Tracker()
+    with fake:
+        model = build(case, "cpu")
+    # Outside: what a strategy tries on small tensors of its own needs their values.
+    train = trainer(case, model)
+    with tracking(fake, tracker):
+        ids = torch.zeros(1, case.length, dtype=torch.int64)
+        train(ids[:, :WARM_UP_LENGTH])
+        gc.collect()
+        tracker.restart()
+        train(ids)
+    return {"peak_bytes": tracker.peak_bytes()}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,139 @@
+"""What the benchmarks of long sequences compare: a model and a way to train it.
+
+Sides: `hf` the model as Transformers has it; `gc` the same with its gradient checkpointing (non-reentrant), whose loss
+holds all logits; `gc+ce` that checkpointing with the chunked head of `plain`; else a strategy by its name, with
+fields: `streambp:chunk=1024:offload=true`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "llama-3-8b": {
+        "model_type": "llama",
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "vocab_size": 128256,
+    },
+    "qwen3-4b": {
+        "model_type": "qwen3",
+        "hidden_size": 2560,
+        "intermediate_size": 9728,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "vocab_size": 151936,
+        "tie_word_embeddings": True,
+    },
+    "qwen3-8b": {
+        "model_type": "qwen3",
+        "hidden_size": 4096,
+        "intermediate_size": 12288,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "vocab_size": 151936,
+    },
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row to measure. `model` is a name of SHAPES, or hidden size x layers of a Llama with 32,000 tokens."""
+
+    side: str
+    length: int
+    model: str = "512x8"
+    vocabulary: int | None = None
+    kv_heads: int | None = None
+    lora: int = 0
+    bf16: bool = False
+    steps: int = 1
+    threads: int = 1
+    fake: bool = False
+    cap_gib: float | None = None
+
+
+def configuration(case: Case) -> Any:
+    from transformers import AutoConfig
+
+    from distrib.errors import choose
+
+    if case.model in SHAPES:
+        shape = dict(SHAPES[case.model])
+    else:
+        if not re.fullmatch(r"\d+x\d+", case.model):
+            raise choose("model", case.model, ["HIDDENxLAYERS", *SHAPES])
+        hidden, layers = (int(part) for part in case.model.split("x"))
+        shape = {
+            "model_type": "llama",
+            "hidden_size": hidden,
+            "intermediate_size": 3 * hidden,
+            "num_hidden_layers": layers,
+            "num_attention_heads": hidden // 64,
+            "num_key_value_heads": hidden // 64,
+            "vocab_size": 32000,
+        }
+    given = {"vocab_size": case.vocabulary, "num_key_value_heads": case.kv_heads}
+    shape |= {key: value for key, value in given.items() if value is not None}
+    kind = shape.pop("model_type")
+    common = {"tie_word_embeddings": False, "use_cache": False, "max_position_embeddings": 2**20}
+    return AutoConfig.for_model(kind, **(common | shape))
+
+
+def build(case: Case, device: str) -> Any:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    dtype = torch.bfloat16 if case.bf16 else torch.float32
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(configuration(case), dtype=dtype)
+        if case.lora:
+            from peft import LoraConfig, get_peft_model
+
+            settings = LoraConfig(r=case.lora, target_modules="all-linear", task_type="CAUSAL_LM")
+            model = get_peft_model(model, settings, autocast_adapter_dtype=False)
+    return model.train()
+
+
+def sides_of(text: str) -> list[str]:
+    """Sides divided by commas, except those inside a field's brackets."""
+    return re.split(r",(?![^\[]*\])", text)
+
+
+def section(side: str) -> dict[str, Any]:
+    """`name:field=value:field=value` as a recipe's section."""
+    import yaml
+
+    name, *fields = side.split(":")
+    pairs = (field.partition("=") for field in fields)
+    return {"name": name} | {key: yaml.safe_load(value) for key, _, value in pairs}
+
+
+def trainer(case: Case, model: Any) -> Callable[[Any], None]:
+    """Forward and backward of a batch, as the side does it."""
+    import strategies
+
+    if case.side in ("gc", "gc+ce"):
+        # The name before Transformers 5.2x is the second one.
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
+    if case.side in ("hf", "gc"):
+        return lambda ids: model(input_ids=ids, labels=ids).loss.backward()
+    chosen = "plain" if case.side == "gc+ce" else case.side
+    step = strategies.prepare(model, strategies.build([section(chosen)]))
+
+    def run(ids: Any) -> None:
+        step({"input_ids": ids, "labels": ids})
+
+    return run

@@ -1,0 +1,90 @@
+"""Live bytes of a run that allocates nothing: fake tensors have shapes and no data.
+
+The very code that trains runs under torch's FakeTensorMode, and a second mode above it sees every operation's
+outputs. A storage counts from the operation that made it until its last reference is gone, whoever holds it: the
+graph, a buffer written in place, an autograd function.
+
+What a kernel allocates and frees inside is not seen, nor what an allocator rounds up; a mapped file is not memory.
+Fake tensors have no values, so questions about values have fixed answers: what is asked for is everywhere and all
+of it holds (every label is learned, there is one document), counts are one, other numbers zero (two results do not
+differ).
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+aten = torch.ops.aten
+
+
+@contextmanager
+def tracking(fake: FakeTensorMode, tracker: Tracker) -> Iterator[None]:
+    """Around the run of a model that was built under `fake`."""
+    # Transformers takes fake tensors for a trace, and would build T x T masks that a real run does not have.
+    with patch("transformers.utils.import_utils.is_fake_tensor", lambda _: False), fake, tracker:
+        yield
+
+
+class Tracker(TorchDispatchMode):
+    """`live_bytes` now, and the most since the last `restart`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live_bytes = 0
+        self.start_bytes = 0
+        self._most = 0
+        self._known: dict[int, weakref.ref[Any]] = {}
+
+    def restart(self) -> None:
+        """Peaks are above what is live now."""
+        self.start_bytes = self._most = self.live_bytes
+
+    def peak_bytes(self) -> int:
+        return self._most - self.start_bytes
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        out = _answer(func, args, kwargs)
+        if out is None:
+            out = func(*args, **kwargs)
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, Tensor):
+                self._count(leaf.untyped_storage(), mapped=func is aten.from_file.default)
+        return out
+
+    def _count(self, storage: torch.UntypedStorage, mapped: bool) -> None:
+        # A storage keeps its Python object for as long as anything refers to it, so the object's end is its own.
+        key, size_bytes = id(storage), 0 if mapped else storage.nbytes()
+        if key in self._known:
+            return
+        self.live_bytes += size_bytes
+        self._most = max(self._most, self.live_bytes)
+
+        def free(_: Any) -> None:
+            self.live_bytes -= size_bytes
+            del self._known[key]
+
+        self._known[key] = weakref.ref(storage, free)
+
+
+def _answer(func: Any, args: Any, kwargs: Any) -> Any:
+    if func is aten.from_file.default:
+        return torch.empty(args[2], **kwargs)
+    if func is aten.nonzero.default:
+        (mask,) = args
+        return mask.new_zeros(mask.numel(), mask.ndim, dtype=torch.int64)
+    if func is aten._local_scalar_dense.default:
+        return 0.0 if args[0].dtype.is_floating_point else args[0].dtype == torch.bool or 1
+    if func in (aten.equal.default, aten.allclose.default):
+        return True
+    return None
