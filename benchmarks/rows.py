@@ -1,8 +1,8 @@
 """One measured row, in a process of its own.
 
-A first step at a short length warms up and leaves gradients; then come the steps that count, each the forward and
-backward of one sequence of random tokens into gradients that are there already. So peaks are above weights and
-gradients, and hold the gradient of whatever is being added. There is no optimizer.
+A first step at a short length warms up; then come the steps that count, each the forward and backward of one sequence
+of random tokens from gradients of None, as a training loop leaves them. There is no optimizer. Peaks are above weights
+and gradients: what the process held at most, less the weights and less all gradients, which are there at the end.
 
 On a CPU the C library's allocator is asked for one of two things. As it is, it keeps freed blocks, which is fast, and
 what is resident is up to three times what is live. With `exact` it gives them back at once: what is resident is what
@@ -83,15 +83,21 @@ def measure(case: Case) -> dict[str, Any]:
     train = trainer(case, model)
     ids = torch.randint(model.config.vocab_size, (1, case.length), device=device)
     train(ids[:, :WARM_UP_LENGTH])
+    model.zero_grad(set_to_none=True)
     memory, step_s, cpu_s = Memory(), [], []
     for _ in range(case.steps):
+        model.zero_grad(set_to_none=True)
         start, start_cpu = perf_counter(), process_time()
         train(ids)
         if device == "cuda":
             torch.cuda.synchronize()
         step_s.append(perf_counter() - start)
         cpu_s.append(process_time() - start_cpu)
-    return {"peak_bytes": memory.peak_bytes(), "step_s": step_s, "cpu_s": cpu_s}
+    return {"peak_bytes": memory.peak_bytes() - gradient_bytes(model), "step_s": step_s, "cpu_s": cpu_s}
+
+
+def gradient_bytes(model: Any) -> int:
+    return sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
 
 
 def measure_fake(case: Case) -> dict[str, Any]:
@@ -108,10 +114,11 @@ def measure_fake(case: Case) -> dict[str, Any]:
     with tracking(fake, tracker):
         ids = torch.zeros(1, case.length, dtype=torch.int64)
         train(ids[:, :WARM_UP_LENGTH])
+        model.zero_grad(set_to_none=True)
         gc.collect()
         tracker.restart()
         train(ids)
-    return {"peak_bytes": tracker.peak_bytes()}
+    return {"peak_bytes": tracker.peak_bytes() - gradient_bytes(model)}
 
 
 if __name__ == "__main__":

@@ -31,7 +31,8 @@ class Cut:
     own: int | None
     seen: int | None = None
 
-    def apply(self, value: Tensor, start: int, stop: int) -> Tensor:
+    def apply(self, value: Any, start: int, stop: int) -> Any:
+        """Of a tensor, or of one that was put away."""
         if self.seen is not None:
             value = value.narrow(self.seen, 0, stop)
         return value if self.own is None else value.narrow(self.own, start, stop - start)

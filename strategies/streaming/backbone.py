@@ -131,7 +131,8 @@ def _input_gradient(backbone: Any, run: Callable[[], Iterator[Tensor]]) -> Tenso
 
     def cut(_: nn.Module, __: Any, embedded: Tensor) -> Tensor:
         leaves.append(embedded.detach().requires_grad_())
-        return leaves[-1]
+        # Some models scale it in place, which a leaf cannot be.
+        return leaves[-1].clone()
 
     handle = backbone.get_input_embeddings().register_forward_hook(cut)
     parts: list[Tensor] = []

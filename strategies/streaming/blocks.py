@@ -58,6 +58,9 @@ class Block:
     backwards: int = 0
 
 
+BOUNDS = {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"}
+"""Where packed documents begin, as other kernels take it."""
+
 AUTO_POSITIONS = {"cpu": 1024, "cuda": 4096}
 
 
@@ -80,6 +83,10 @@ class StreamedBackbone:
         for name in ("output_attentions", "output_router_logits"):
             if kwargs.get(name):
                 raise Refused(f"{name}=True: layers that stream do not keep them; leave it off")
+        if kwargs.get("position_ids") is None and not BOUNDS.isdisjoint(kwargs):
+            raise Refused(
+                f"{min(BOUNDS.intersection(kwargs))} without position_ids: pass those of packed documents too"
+            )
         if "use_cache" in inspect.signature(original_class(self).forward).parameters:
             kwargs["use_cache"] = False
         if not streaming.tried:
@@ -125,6 +132,8 @@ class StreamedBlock:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         block: Block = self._ebbtide_block
         if not block.streaming.running or block.layout.kept:
+            if not block.layout.kept:
+                refuse_recomputation()
             return super().forward(*args, **kwargs)  # type: ignore[misc]
         named = named_arguments(original_class(self).forward, self, args, kwargs)
         run, inputs = start_run(self, block, named)
@@ -135,6 +144,12 @@ class StreamedBlock:
         else:
             outputs = run.forward(tuple(inputs))
         return walk(run.structure, lambda _, slot: outputs[slot.number])
+
+
+def refuse_recomputation() -> None:
+    """A checkpoint around a layer would run it as it is in the backward, and not in chunks."""
+    if torch._C._current_graph_task_id() != -1:
+        raise Refused("layers that stream are recomputed already: switch the checkpointing around them off")
 
 
 def start_run(layer: nn.Module, block: Block, named: dict[str, Any]) -> tuple[LayerRun, list[Tensor]]:
@@ -150,6 +165,9 @@ def start_run(layer: nn.Module, block: Block, named: dict[str, Any]) -> tuple[La
         return value
 
     layout = block.layout
+    if layout.whole is None:
+        # Chunks see documents by the masks that Transformers makes of position_ids, as every other attention does.
+        named = {name: value for name, value in named.items() if name not in BOUNDS}
     name, hidden_BTD = next((name, value) for name, value in named.items() if isinstance(value, Tensor))
     # Some models stack several hidden states before the rows.
     length = hidden_BTD.shape[layout.cuts[(name,)].own or 0]
@@ -177,7 +195,7 @@ class _Stream(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *by_outputs: Tensor) -> Any:
         away: list[Away] | None = getattr(ctx, "away", None)
-        inputs = ctx.saved_tensors if away is None else tuple(x.back() for x in away)
+        inputs = ctx.saved_tensors if away is None else tuple(away)
         ctx.block.backwards += 1
         gradients = ctx.run.backward(inputs, by_outputs, ctx.needs_input_grad[3:])
         return None, None, None, *gradients

@@ -32,8 +32,11 @@ from strategies.streaming.arguments import (
     whole_arguments,
 )
 from strategies.streaming.implementation import using_attention
+from strategies.streaming.offload import Away
 from strategies.streaming.replay import Circumstances, random_state, set_random_state
 from strategies.streaming.store import KeysRecorded, StreamCache, Unstreamable, forget
+
+Input = Tensor | Away
 
 
 def split(length: int, chunk: int) -> list[tuple[int, int]]:
@@ -89,11 +92,12 @@ class LayerRun:
         return tuple(joined.tensors)
 
     def backward(
-        self, inputs: tuple[Tensor, ...], by_outputs: tuple[Tensor, ...], wanted: tuple[bool, ...]
+        self, inputs: tuple[Input, ...], by_outputs: tuple[Tensor, ...], wanted: tuple[bool, ...]
     ) -> list[Tensor | None]:
         """Gradients of the inputs, then of the trainable parameters."""
         with self.circumstances.restored(self.layer), using_attention(self.layer, self.attention):
             cache = self._cache()
+            inputs = tuple(self._at_hand(path, x) for path, x in zip(self.paths, inputs, strict=True))
             live = {f"layer.{name}": p for name, p in self.layer.named_parameters() if p.requires_grad}
             leaves = {name: p.detach().requires_grad_() for name, p in live.items()}
             sums = Sums([self.layout.cuts.get(path) for path in self.paths], inputs, list(leaves.values()), wanted)
@@ -111,12 +115,15 @@ class LayerRun:
                 del named, output
             return sums.take()
 
+    def _at_hand(self, path: Path, value: Input) -> Input:
+        """What was put away stays there where it is asked for in parts."""
+        cut = None if self.layout.whole else self.layout.cuts.get(path)
+        return value.back() if isinstance(value, Away) and (cut is None or cut.own is None) else value
+
     def _cache(self) -> StreamCache | None:
         return StreamCache(self.length) if self.layout.whole is None else None
 
-    def _record(
-        self, inputs: tuple[Tensor, ...], start: int, stop: int, cache: StreamCache | None, index: int
-    ) -> None:
+    def _record(self, inputs: tuple[Input, ...], start: int, stop: int, cache: StreamCache | None, index: int) -> None:
         set_random_state(self.random_states[index], self.circumstances.device)
         try:
             with torch.no_grad():
@@ -126,7 +133,7 @@ class LayerRun:
         raise Unstreamable("it recorded no keys and values")
 
     def _arguments(
-        self, inputs: tuple[Tensor, ...], start: int, stop: int, cache: StreamCache | None, cut: bool = True
+        self, inputs: tuple[Input, ...], start: int, stop: int, cache: StreamCache | None, cut: bool = True
     ) -> dict[str, Any]:
         """The layer's arguments for a chunk; `inputs` are whole, or (not `cut`) already the chunk's parts."""
         if cache is None:
@@ -207,7 +214,7 @@ def tensors(output: Any) -> list[Tensor]:
     return found
 
 
-def put(named: dict[str, Any], paths: list[Path], values: tuple[Tensor, ...]) -> dict[str, Any]:
+def put(named: dict[str, Any], paths: list[Path], values: tuple[Any, ...]) -> dict[str, Any]:
     """`named` with the tensors in their places."""
     named = dict(named)
     for path, value in zip(paths, values, strict=True):
@@ -216,7 +223,7 @@ def put(named: dict[str, Any], paths: list[Path], values: tuple[Tensor, ...]) ->
     return named
 
 
-def _put(held: Any, path: list[str | int], value: Tensor) -> Any:
+def _put(held: Any, path: list[str | int], value: Any) -> Any:
     if not path:
         return value
     first, *rest = path
@@ -236,7 +243,7 @@ class Sums:
     """
 
     def __init__(
-        self, cuts: list[Any], inputs: tuple[Tensor, ...], parameters: list[Tensor], wanted: tuple[bool, ...]
+        self, cuts: list[Any], inputs: tuple[Input, ...], parameters: list[Tensor], wanted: tuple[bool, ...]
     ) -> None:
         self.cuts = cuts
         self.inputs = inputs
@@ -247,7 +254,9 @@ class Sums:
 
     def leaves(self, start: int, stop: int) -> list[Tensor]:
         """The chunk's part of each input."""
-        parts = [x if c is None else c.apply(x, start, stop) for c, x in zip(self.cuts, self.inputs, strict=True)]
+        parts: list[Any] = [
+            x if c is None else c.apply(x, start, stop) for c, x in zip(self.cuts, self.inputs, strict=True)
+        ]
         return [part.detach().requires_grad_(want) for part, want in zip(parts, self.wanted, strict=True)]
 
     def add(self, parts: list[Tensor], outputs: list[Tensor], by_outputs: list[Tensor], start: int, stop: int) -> None:
@@ -268,7 +277,7 @@ class Sums:
             return
         held = self.by_inputs[index]
         if held is None:
-            held = self.by_inputs[index] = torch.empty_like(whole)
+            held = self.by_inputs[index] = torch.empty(whole.shape, dtype=whole.dtype, device=whole.device)
         part = held.narrow(cut.own, start, stop - start)
         part.zero_() if gradient is None else part.copy_(gradient)
 

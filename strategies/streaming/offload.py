@@ -1,14 +1,13 @@
 """Memory outside the device: for layer inputs until their backward, and for recorded keys and values.
 
 On a GPU it is pinned host memory; layer inputs travel on a stream of their own, there while the next layer runs and
-back while the layer above runs backwards. On a CPU, where there is no second memory, it is a file that is mapped only
+back a chunk ahead of the backward. On a CPU, where there is no second memory, it is a file that is mapped only
 while it is written or read.
 """
 
 from __future__ import annotations
 
 import tempfile
-import weakref
 from typing import Any
 
 import torch
@@ -31,8 +30,10 @@ class FileMemory:
 
 
 class PinnedMemory:
+    """Page-locked, so that copies need not wait for the host. Not cleared."""
+
     def __init__(self, shape: torch.Size, dtype: torch.dtype) -> None:
-        self._host = torch.zeros(shape, dtype=dtype, pin_memory=True)
+        self._host = torch.empty(shape, dtype=dtype, pin_memory=True)
 
     def tensor(self) -> Tensor:
         return self._host
@@ -43,70 +44,74 @@ def outside(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> File
 
 
 class Shelf:
-    """Tensors put away in the order of the forward, taken back in reverse. One model's."""
+    """Where the layers' inputs wait for their backward. One model's."""
 
     def __init__(self) -> None:
         self._stream: Any = None
-        self._newest: weakref.ref[Away] | None = None
 
     def put(self, tensor: Tensor) -> Away:
-        below = self._newest() if self._newest else None
-        away = OnHost(tensor, self._side_stream(tensor.device), below) if tensor.is_cuda else InFile(tensor)
-        self._newest = weakref.ref(away)
-        return away
-
-    def _side_stream(self, device: torch.device) -> Any:
+        if not tensor.is_cuda:
+            return Away(tensor)
         if self._stream is None:
-            self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        return self._stream
+            self._stream = torch.cuda.Stream(tensor.device)  # type: ignore[no-untyped-call]
+        return OnHost(tensor, self._stream)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_stream": None, "_newest": None}
+        return {"_stream": None}
 
 
 class Away:
-    """A tensor that was put away."""
+    """A tensor that was put away; parts of it come back as copies."""
 
-    def back(self) -> Tensor:
-        raise NotImplementedError
-
-
-class InFile(Away):
     def __init__(self, tensor: Tensor) -> None:
-        self._memory = FileMemory(tensor.shape, tensor.dtype)
-        self._memory.tensor().copy_(tensor.detach())
+        self.shape, self.dtype, self.device = tensor.shape, tensor.dtype, tensor.device
+        self._memory = outside(tensor.shape, tensor.dtype, tensor.device)
+        self._put(tensor.detach())
+
+    def _put(self, tensor: Tensor) -> None:
+        self._memory.tensor().copy_(tensor)
+
+    def narrow(self, dim: int, start: int, length: int) -> Tensor:
+        return self._memory.tensor().narrow(dim, start, length).clone()
 
     def back(self) -> Tensor:
-        return self._memory.tensor().clone()
+        return self.narrow(0, 0, self.shape[0])
 
 
 class OnHost(Away):
-    """`below` was put away before it, so it comes back after it: its way back begins when this one is back."""
+    """Travels on a side stream: there while the device goes on, and back one part ahead of what is asked for.
 
-    def __init__(self, tensor: Tensor, stream: Any, below: Away | None) -> None:
-        self.device, self.stream = tensor.device, stream
-        self.below = below
-        self.host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-        self.coming: Tensor | None = None
-        stream.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(stream):
-            self.host.copy_(tensor.detach(), non_blocking=True)
+    Parts are asked for upwards, then downwards again, so the next one follows in the same direction.
+    """
+
+    def __init__(self, tensor: Tensor, stream: Any) -> None:
+        self._stream = stream
+        self._coming: dict[tuple[int, int, int], Tensor] = {}
+        self._start = -1
+        super().__init__(tensor)
+
+    def _put(self, tensor: Tensor) -> None:
+        self._stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self._stream):
+            self._memory.tensor().copy_(tensor, non_blocking=True)
         # Its memory is not given to someone else before the copy is done.
-        tensor.record_stream(stream)
+        tensor.record_stream(self._stream)
 
-    def fetch(self) -> None:
-        if self.coming is None:
-            with torch.cuda.stream(self.stream):
-                self.coming = self.host.to(self.device, non_blocking=True)
-
-    def back(self) -> Tensor:
-        self.fetch()
+    def narrow(self, dim: int, start: int, length: int) -> Tensor:
+        self._fetch(dim, start, length)
+        part = self._coming.pop((dim, start, length))
+        self._coming.clear()
         current = torch.cuda.current_stream(self.device)
-        current.wait_stream(self.stream)
-        tensor, self.coming = self.coming, None
-        assert tensor is not None
-        tensor.record_stream(current)
-        if isinstance(self.below, OnHost):
-            self.below.fetch()
-        self.below = None
-        return tensor
+        current.wait_stream(self._stream)
+        part.record_stream(current)
+        following = start + length if start >= self._start else start - length
+        self._start = start
+        if 0 <= following < self.shape[dim]:
+            self._fetch(dim, following, min(length, self.shape[dim] - following))
+        return part
+
+    def _fetch(self, dim: int, start: int, length: int) -> None:
+        if (dim, start, length) not in self._coming:
+            with torch.cuda.stream(self._stream):
+                part = self._memory.tensor().narrow(dim, start, length)
+                self._coming[dim, start, length] = part.to(self.device, non_blocking=True)

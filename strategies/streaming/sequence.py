@@ -62,17 +62,20 @@ class Linear:
         return torch.stack([term.sum() for term in terms]).sum()
 
 
-@dataclass(frozen=True)
 class Part:
-    """A separable objective over the tokens of one chunk, in terms of the whole batch."""
+    """A separable objective over the tokens of one chunk, in terms of the whole batch.
 
-    of: Any
-    batch: Mapping[str, Tensor]
-    lengths_B: Tensor
-    length: int
-    start: int
-    stop: int
+    No dataclass: engines copy those on the way into a model, and round what is in them to the weights' precision.
+    """
+
     separable = True
+
+    def __init__(self, of: Any, batch: Mapping[str, Tensor], lengths_B: Tensor, bounds: Bounds, index: int) -> None:
+        self.of = of
+        self.batch = batch
+        self.lengths_B = lengths_B
+        self.length = bounds[-1][1]
+        self.start, self.stop = bounds[index]
 
     @property
     def needs(self) -> frozenset[str]:
@@ -140,20 +143,20 @@ class ChunkedBatch:
             self._random_states[index] = random_state(device)
         self.cache.position.move(start, stop, writes)
         with using_attention(self.model, self.attention), documents(self.documents_BT):
-            loss: Tensor = self.module(**self._arguments(start, stop, objective, weight, learn)).loss
+            loss: Tensor = self.module(**self._arguments(index, objective, weight, learn)).loss
         forget()
         if not torch.is_grad_enabled():
             # Weights that were cast without a graph would be used again with one.
             torch.clear_autocast_cache()
         return loss
 
-    def _arguments(self, start: int, stop: int, objective: Any, weight: float, learn: bool) -> dict[str, Any]:
-        batch, length = self.batch, self.bounds[-1][1]
+    def _arguments(self, index: int, objective: Any, weight: float, learn: bool) -> dict[str, Any]:
+        batch, (start, stop) = self.batch, self.bounds[index]
         labels_BC = self.shift_labels_BT[:, start:stop]
         passed = {
             "input_ids": batch["input_ids"][:, start:stop],
             "shift_labels": labels_BC if learn else torch.full_like(labels_BC, IGNORE),
-            "objective": Part(objective, batch, self.tokens.lengths_B, length, start, stop),
+            "objective": Part(objective, batch, self.tokens.lengths_B, self.bounds, index),
             "weight": weight,
             "extras": MappingProxyType({}),
             "past_key_values": self.cache,

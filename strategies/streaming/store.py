@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from distrib.errors import Refused
-from strategies.streaming.offload import outside
+from strategies.streaming.offload import PinnedMemory, outside
 
 
 class Unstreamable(Refused):
@@ -52,6 +52,8 @@ class OutsideBuffer(Buffer):
     def __init__(self, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> None:
         rows, heads, length, size = shape
         self._memory = outside(torch.Size((length, rows, heads, size)), dtype, device)
+        if isinstance(self._memory, PinnedMemory):
+            self._memory.tensor().zero_()
         self._device = device
 
     def write(self, start: int, part_BHCD: Tensor) -> None:

@@ -128,17 +128,26 @@ class Visibility:
                 )
 
 
-@dataclass(frozen=True, eq=False)
 class Rows:
-    """Queries [start, stop) of a visibility: what a layer is given for its attention mask."""
+    """Queries [start, stop) of a visibility: what a layer is given for its attention mask.
 
-    visibility: Visibility
-    start: int
-    stop: int
+    No dataclass: engines copy those on the way into each layer, and what a visibility found out would be lost.
+    """
+
+    def __init__(self, visibility: Visibility, start: int, stop: int) -> None:
+        self.visibility = visibility
+        self.start = start
+        self.stop = stop
 
     def narrow(self, start: int, stop: int) -> Rows:
         """Other queries of the same visibility, by absolute position."""
         return Rows(self.visibility, start, stop)
+
+    def __getitem__(self, index: tuple[slice, ...]) -> Rows:
+        """Some models slice their masks, and in training keep everything."""
+        if any(part not in (slice(None), slice(0, None)) for part in index):
+            raise Refused("a slice of a mask is not supported in chunks")
+        return self
 
     def blocks(self) -> list[Rows]:
         """Queries that are worth a classification of their own."""
