@@ -34,7 +34,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@echo "installing into .venv, which takes a few minutes"
 	$(PYTHON) -m venv .venv
 	$(PIP) setuptools ninja torch
-	$(PIP) --no-build-isolation --editable ".[dev]"
+	$(PIP) --no-build-isolation --editable ".[dev,trl]"
 	@touch $@
 
 $(INSTALLED_LOW): pyproject.toml constraints-low.txt

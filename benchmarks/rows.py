@@ -104,11 +104,11 @@ def measure_fake(case: Case) -> dict[str, Any]:
     """`peak_bytes` of the same run without its data."""
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
-    from tracker import Tracker, tracking
+    from tracker import Tracker, materialise, tracking
 
     fake, tracker = FakeTensorMode(), Tracker()
-    with fake:
-        model = build(case, "cpu")
+    model = build(case, "meta")
+    materialise(model, fake)
     # Outside: what a strategy tries on small tensors of its own needs their values.
     train = trainer(case, model)
     with tracking(fake, tracker):

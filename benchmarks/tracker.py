@@ -19,12 +19,27 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 aten = torch.ops.aten
+
+
+def materialise(model: nn.Module, fake: FakeTensorMode) -> None:
+    """Fake tensors on the CPU in the place of those on the meta device, tied ones still tied. (PEFT moves its adapters,
+    and a fake parameter cannot be moved: models are built on the meta device first.)"""
+    made: dict[int, Tensor] = {}
+    for module in model.modules():
+        for held in (module._parameters, module._buffers):
+            for name, old in held.items():
+                if old is not None and id(old) not in made:
+                    with fake:
+                        new = torch.empty(old.shape, dtype=old.dtype)
+                    made[id(old)] = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
+                if old is not None:
+                    held[name] = made[id(old)]
 
 
 @contextmanager

@@ -35,6 +35,8 @@ def attention(
     module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, dropout: float, scaling: float, **_: Any
 ) -> tuple[Tensor, None]:
     if _factor_K:
+        # Of views, since later chunks reach the earlier keys through these very tensors.
+        key, value = key.view_as(key), value.view_as(value)
         for states in (key, value):
             states.register_hook(lambda by, factor_K=_factor_K[-1]: by * factor_K[:, None])
     groups = query.shape[1] // key.shape[1]

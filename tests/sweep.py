@@ -176,7 +176,7 @@ def _short(reason: object) -> str:
 def committed() -> dict[str, list[str]]:
     """The words of the page, by type."""
     lines = [line.strip("| \n").split(" | ") for line in PAGE.read_text().splitlines() if line.startswith("| ")]
-    return {cells[0]: [cells[i] for i in WORDS] for cells in lines[1:] if len(cells) > max(WORDS)}
+    return {cells[0]: [cells[i] for i in WORDS] for cells in lines[2:]}
 
 
 def page(rows: list[list[str]]) -> str:
@@ -200,8 +200,10 @@ two documents packed into each row. *exact* is a relative error of at most 1e-10
 the family itself computes in float32. What is not exact is refused, with the reason, before the first step. *no
 number* is what plain autograd in float64 gives as well: in a few families a masked score overflows there.
 
-Of {types} types `streambp` is exact for {streambp} (for {streamed} of them every layer runs in chunks; other layers are
-recomputed whole) and `seco` for {seco}; {text} are no text decoders and train with no strategy.
+Of {types} types `streambp` is exact for {streambp} (for {streamed} of them every layer runs in chunks) and `seco` for
+{seco}; {text} are no text decoders and train with no strategy. Under `streambp` layers that cannot run in chunks are
+recomputed whole; those that hand keys and values to later layers (the last two before the shared ones in Gemma 3n and
+4, which is half of the tiny model here) keep their activations.
 
 No list of families stands behind this: at the first batch a model is tried on a few tokens. So an unknown one is
 either exact or refused as well. The command that made this page, and must be run after a change of version:

@@ -36,3 +36,6 @@ def test_the_constraints_lie_within_the_ranges() -> None:
     pinned = pins("constraints.txt")
     for name, requirement in allowed().items():
         assert pinned[name] in requirement.specifier, name
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    for requirement in map(Requirement, [*extras["dev"], *extras["trl"]]):
+        assert pinned[requirement.name.lower()] in requirement.specifier, requirement.name

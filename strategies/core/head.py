@@ -2,7 +2,7 @@
 
 The wrapped model's forward takes `labels` (or `shift_labels`), an `objective`, its `extras` (whatever else
 the objective reads, one entry a row or a token) and `weight`, the W to divide by; it returns the class's own
-output with `loss` and logits of width zero. Without labels it is the model's own forward.
+output with `loss` and logits that are formed when they are read. Without labels it is the model's own forward.
 `num_items_in_batch`, which HF Trainer passes, is W too. W defaults to the batch's own weight, a mean over the
 batch.
 
@@ -14,7 +14,7 @@ Limits: the head is exactly nn.Linear; float16 is refused, as gradients of 1/W u
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,13 +24,13 @@ from torch import Tensor, nn
 from distrib.contracts import IGNORE
 from distrib.errors import Refused
 from strategies.core.edits import WRAPPED, Wrap, original_class
+from strategies.core.lazy_logits import REQUEST, LazyLogits, Reading, lazy_logits
 from strategies.core.logit_map import is_identity, logit_map
 from strategies.core.objectives import SFT, Objective, Stats, learned
 from strategies.core.passes import run
 from strategies.core.statistics import Tokens, Work
 
 OWNER = "the head"
-_REQUEST = "_ebbtide_request"
 
 
 @dataclass
@@ -44,9 +44,29 @@ class Request:
     scale: float | Tensor
     model: nn.Module
     loss: Tensor | None = None
+    logits: Callable[[Tensor], LazyLogits] | None = None
+    """Made of the width-zero logits, once the model has passed them on."""
 
     def terms(self, stats: Stats) -> Tensor:
         return self.objective(stats, self.batch) * self.scale
+
+    def answer(self, head: Any, hidden_BTD: Tensor) -> Tensor:
+        if hidden_BTD.shape[:-1] != self.positions:
+            given, found = list(self.positions), list(hidden_BTD.shape[:-1])
+            raise ValueError(f"labels {given} do not match the hidden states {found}")
+        # What the passes read of the module is its live weight, under any engine.
+        identity = self.model._ebbtide_identity
+        work = Work(
+            tokens=self.tokens,
+            names=("logprob", *sorted(self.objective.needs)),
+            logit_map=None if identity else logit_map(self.model, _output_head(self.model)),
+            matmul_dtype=_matmul_dtype(hidden_BTD),
+            head=head,
+        )
+        self.loss, empty_BT0 = run(work, self.terms, self.objective.separable, hidden_BTD)
+        self.logits = lazy_logits(hidden_BTD, head, work.logit_map)
+        # The model's own forward may change their precision, and takes it from here.
+        return empty_BT0.to(work.matmul_dtype)
 
 
 def edits(model: nn.Module) -> Iterator[Wrap]:
@@ -111,23 +131,12 @@ class OutputHead:
     """Mixed into the head: answers a request once, and is the plain head otherwise."""
 
     def forward(self: Any, hidden_BTD: Tensor) -> Tensor:
-        request = vars(self).pop(_REQUEST, None)
-        if request is None:
-            return super().forward(hidden_BTD)  # type: ignore[misc, no-any-return]
-        if hidden_BTD.shape[:-1] != request.positions:
-            given, found = list(request.positions), list(hidden_BTD.shape[:-1])
-            raise ValueError(f"labels {given} do not match the hidden states {found}")
-        # What the passes read of the module is its live weight, under any engine.
-        identity = request.model._ebbtide_identity
-        work = Work(
-            tokens=request.tokens,
-            names=("logprob", *sorted(request.objective.needs)),
-            logit_map=None if identity else logit_map(request.model, _output_head(request.model)),
-            matmul_dtype=_matmul_dtype(hidden_BTD),
-            head=self,
-        )
-        request.loss, empty_BT0 = run(work, request.terms, request.objective.separable, hidden_BTD)
-        return empty_BT0
+        request = vars(self).pop(REQUEST, None)
+        if isinstance(request, Request):
+            return request.answer(self, hidden_BTD)
+        if isinstance(request, Reading):
+            request.check(self)
+        return super().forward(hidden_BTD)  # type: ignore[misc, no-any-return]
 
 
 def _matmul_dtype(hidden_BTD: Tensor) -> torch.dtype:
@@ -172,7 +181,8 @@ class CausalLM:
         if getattr(output, "aux_loss", None) is not None:
             share = objective.weight(batch) * scale
             loss = loss + _router_coefficient(self) * output.aux_loss * share
-        output = type(output)(**{**output, "loss": loss})
+        assert request.logits is not None
+        output = type(output)(**{**output, "loss": loss, "logits": request.logits(output.logits)})
         wanted = self.config.return_dict if return_dict is None else return_dict
         return output if wanted else output.to_tuple()
 
@@ -190,11 +200,11 @@ def _ask(model: nn.Module, request: Request, forward: Any) -> tuple[Tensor, Any]
     head = _live(_output_head(model))
     if WRAPPED not in vars(head):
         raise Refused(f"the output head became {_kind(head)} after `prepare`: only a plain nn.Linear is exact")
-    vars(head)[_REQUEST] = request
+    vars(head)[REQUEST] = request
     try:
         output = forward()
     finally:
-        vars(head).pop(_REQUEST, None)
+        vars(head).pop(REQUEST, None)
     if request.loss is None:
         raise RuntimeError(f"{type(model).__name__} made its logits without calling its head; the loss is not known")
     return request.loss + output.logits.sum(), output

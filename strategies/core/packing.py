@@ -31,14 +31,15 @@ def refuse_leaks(step: Step, module: nn.Module, name: str, vocabulary: int, like
     rows = _probe(vocabulary, like["input_ids"].device)
     modes = [(part, part.training) for part in module.modules()]
     singly = like["input_ids"].shape[0] == 1
-    batches = [{k: v[i : i + 1] for k, v in rows.items()} for i in range(2)] if singly else [rows]
+    # In both forms, as ranks may differ in this and wait for each other in every forward.
+    batches = [*({k: v[i : i + 1] for k, v in rows.items()} for i in range(2)), rows]
     module.eval()
     try:
-        logprobs = torch.cat(step.logprobs(batches, Context(seed=0, step=0, weight=1.0)))
+        *alone, together = step.logprobs(batches, Context(seed=0, step=0, weight=1.0))
     finally:
         for part, training in modes:
             part.training = training
-    one, other = logprobs[:, _LENGTH + 1 :]
+    one, other = (torch.cat(alone) if singly else together)[:, _LENGTH + 1 :]
     if (one - other).abs().max() > 1e-6 * one.abs().max():
         raise Refused(f"packing=true: packed documents see each other in {name}; use packing=false for it")
 

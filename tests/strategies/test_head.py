@@ -293,7 +293,7 @@ def test_the_output_is_the_classes_own_with_the_loss_first():
     model, reference = prepared()
     output = model(**batch())
     assert type(output) is type(reference(**batch()))
-    assert output.logits.shape == (2, 9, 0)
+    assert output.logits.shape == (2, 9, VOCABULARY)
     assert output.past_key_values is None
     first, *_ = model(**batch(), return_dict=False)
     assert torch.equal(first, output.loss)

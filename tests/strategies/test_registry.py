@@ -77,7 +77,8 @@ def test_every_file_holds_one_documented_strategy():
 
 
 def test_entry_points_are_found(elsewhere):
-    assert strategies.names() == ["plain", "chunked", "gone", "object", "required"]
+    assert strategies.names()[0] == "plain"
+    assert {"chunked", "gone", "object", "required"} < set(strategies.names())
     assert strategies.get("chunked") is Chunked
     assert strategies.name_of(Chunked()) == "Chunked"
     assert registry.entry_points is not importlib.metadata.entry_points
