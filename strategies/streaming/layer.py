@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 
 from strategies.core.edits import original_class
@@ -27,7 +26,6 @@ from strategies.streaming.arguments import (
     Slot,
     cache_name,
     chunk_arguments,
-    named_arguments,
     walk,
     whole_arguments,
 )

@@ -31,8 +31,8 @@ def worst(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
 
 
 def overall(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
-    squares = [((found[n] - expected[n]).norm() ** 2, expected[n].norm() ** 2) for n in expected]
-    return float(torch.stack([error for error, _ in squares]).sum() / torch.stack([of for _, of in squares]).sum()) ** 0.5
+    errors = torch.stack([(found[n] - expected[n]).norm() for n in expected])
+    return float(errors.norm() / torch.stack([expected[n].norm() for n in expected]).norm())
 
 
 def precision(engine: str) -> tuple[torch.dtype, float]:
