@@ -73,7 +73,9 @@ def _cross_entropies(logits_BTV: Tensor, batch: Batch, bounds: Bounds, start: in
     labels_BT = F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORE)
     end = start + logits_BTV.shape[1]
     return [
-        F.cross_entropy(logits_BTV[:, a - start : b - start].flatten(0, 1), labels_BT[:, a:b].flatten(), reduction="sum")
+        F.cross_entropy(
+            logits_BTV[:, a - start : b - start].flatten(0, 1), labels_BT[:, a:b].flatten(), reduction="sum"
+        )
         for a, b in bounds
         if start <= a < end
     ]

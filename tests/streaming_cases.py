@@ -39,9 +39,8 @@ class Case:
     weight: float
     strategy: str = "plain"
     fields: dict[str, Any] = field(default_factory=dict)
-    objective: strategies.Objective = strategies.SFT()
+    objective: strategies.Objective = field(default_factory=strategies.SFT)
     step: int = 0
-    train: bool = False
 
 
 @dataclass(frozen=True)
@@ -59,7 +58,6 @@ def prepared(topology: Topology, case: Case) -> tuple[Engine, strategies.Prepare
     weights = TrainedAdapter(made_from, config, topology)
     settings = Settings(OptimizerSpec(), made_from.bf16, made_from.compile, made_from.engine.stage)
     engine = make(made_from.engine.name, model, weights.fill, topology, settings)
-    engine.module.train(case.train)
     return engine, strategies.prepare(model, chosen, case.objective, engine=engine)
 
 

@@ -58,7 +58,8 @@ def test_tracker_counts_storages_until_their_last_reference_is_gone() -> None:
 def test_tracker_agrees_with_the_resident_memory_of_a_real_run(side: str) -> None:
     case = Case(side, 4096, model="256x4", vocabulary=4096)
     real = in_fresh_process(case)["peak_bytes"]
-    assert real > 40 * MIB
+    # Far above what pages of code and small blocks come to.
+    assert real > 25 * MIB
     assert in_fresh_process(replace(case, fake=True))["peak_bytes"] == pytest.approx(real, rel=0.1)
 
 

@@ -8,6 +8,7 @@ while it is written or read.
 from __future__ import annotations
 
 import tempfile
+import weakref
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ class FileMemory:
         self._file = tempfile.TemporaryFile(prefix="ebbtide-")  # noqa: SIM115
         # What is not written yet reads as zero.
         self._file.truncate(max(1, shape.numel() * dtype.itemsize))
+        weakref.finalize(self, self._file.close)
 
     def tensor(self) -> Tensor:
         """Mapped for as long as it is held."""

@@ -126,7 +126,9 @@ class ChunkedBatch:
         if chunk.leaves is not None:
             widths = torch.tensor([stop - start for start, stop in self.bounds[: chunk.index]], dtype=torch.long)
             factors = torch.tensor(chunk.leaves, dtype=torch.float64)
-            leaves_T = factors.repeat_interleave(widths).to(self.shift_labels_BT.device)
+            leaves_T = factors.repeat_interleave(widths, output_size=self.bounds[chunk.index][0]).to(
+                self.shift_labels_BT.device
+            )
         self.cache.compensate(chunk.left, leaves_T)
 
     def learned(self) -> list[bool]:
