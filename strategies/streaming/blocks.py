@@ -185,17 +185,19 @@ class _Stream(torch.autograd.Function):
         inputs = tensors[:count]
         outputs = run.forward(inputs)
         ctx.run, ctx.block = run, block
-        if block.streaming.offload:
-            ctx.away = [block.streaming.shelf.put(x) for x in inputs]
-        else:
-            ctx.save_for_backward(*inputs)
+        offload = block.streaming.offload
+        ctx.away = tuple(block.streaming.shelf.put(x) for x in inputs) if offload else None
+        ctx.save_for_backward(*(() if offload else inputs))
         return outputs
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *by_outputs: Tensor) -> Any:
-        away: list[Away] | None = getattr(ctx, "away", None)
-        inputs = ctx.saved_tensors if away is None else tuple(away)
+        # Asked for in any case: it raises where the graph has been freed.
+        saved: tuple[Tensor | Away, ...] = ctx.saved_tensors
+        inputs = saved if ctx.away is None else ctx.away
         ctx.block.backwards += 1
         gradients = ctx.run.backward(inputs, by_outputs, ctx.needs_input_grad[3:])
+        if not torch._C._autograd._get_current_graph_task_keep_graph():
+            ctx.away = None
         return None, None, None, *gradients

@@ -84,14 +84,15 @@ def try_layers(backbone: nn.Module, layers: list[nn.Module], quiet: bool = False
     """The attention to use, and how each layer is run; Refused when one of them is not even right as a whole."""
     truths: Calls = {index: [] for index in range(len(layers))}
     kept: dict[int, str] = {}
+    outputs: dict[int, list[Any]] = {}
     try:
-        _run_through(backbone, layers, None, lambda index, trial: truths[index].append(trial.as_it_is()), kept)
+        _run_through(backbone, layers, None, lambda index, trial: truths[index].append(trial.as_it_is()), outputs, kept)
     except Exception as error:
         raise Refused(f"{type(backbone).__name__} cannot be tried: {one_line(error)}") from error
     refusal: Exception | None = None
     for attention in (NAME, None):
         try:
-            found = _layouts(backbone, layers, attention, truths, kept)
+            found = _layouts(backbone, layers, attention, truths, outputs, kept)
         except Exception as error:
             refusal = error
             continue
@@ -102,7 +103,12 @@ def try_layers(backbone: nn.Module, layers: list[nn.Module], quiet: bool = False
 
 
 def _layouts(
-    backbone: nn.Module, layers: list[nn.Module], attention: str | None, truths: Calls, kept: dict[int, str]
+    backbone: nn.Module,
+    layers: list[nn.Module],
+    attention: str | None,
+    truths: Calls,
+    outputs: dict[int, list[Any]],
+    kept: dict[int, str],
 ) -> list[Layout]:
     layouts = [Layout(kept=kept.get(index), whole=kept.get(index)) for index in range(len(layers))]
     calls = Counter[int]()
@@ -112,7 +118,7 @@ def _layouts(
             layouts[index] = trial.best(truths[index][calls[index]], layouts[index] if calls[index] else None)
         calls[index] += 1
 
-    _run_through(backbone, layers, attention, choose)
+    _run_through(backbone, layers, attention, choose, outputs)
     for index, layout in enumerate(layouts):
         if not calls[index]:
             layout.kept = layout.whole = "the model did not call it"
@@ -130,12 +136,16 @@ def _run_through(
     layers: list[nn.Module],
     attention: str | None,
     visit: Callable[[int, Trial], None],
+    outputs: dict[int, list[Any]],
     kept: dict[int, str] | None = None,
 ) -> None:
     """The backbone's forward on a few tokens, in evaluation mode and full precision, each layer's call visited.
 
-    `kept` gets the layers that put tensors into their arguments, for others to find there.
+    The first time (with `kept`) `outputs` gets what the layers return, afterwards they return that again: in half
+    precision another attention's rounding would reach the layers above. `kept` gets the layers that put tensors into
+    their arguments, for others to find there.
     """
+    calls = Counter[int]()
 
     def visiting(index: int, layer: nn.Module) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
@@ -144,8 +154,12 @@ def _run_through(
             visit(index, Trial(layer, attention, named))
             before = _held(named)
             output = own(layer, *args, **kwargs)
-            if kept is not None and _held(named) != before:
+            if kept is None:
+                calls[index] += 1
+                return walk(outputs[index][calls[index] - 1], lambda _, value: value.clone())
+            if _held(named) != before:
                 kept[index] = "it hands tensors to other layers in its arguments"
+            outputs.setdefault(index, []).append(walk(output, lambda _, value: value.clone()))
             return output
 
         return forward

@@ -234,7 +234,21 @@ def test_offloaded_inputs_are_in_files_between_forward_and_backward() -> None:
     loss = model(**batch).loss
     assert len(nameless_files() - before) == len(model.model.layers)
     loss.backward()
+    # The graph is still held, by `loss`.
     assert nameless_files() == before
+
+
+def test_offloaded_inputs_last_as_long_as_a_graph_is_retained() -> None:
+    model = reference.tiny_model("full").train()
+    strategies.prepare(model, [strategies.get("streambp")(chunk=4, offload=True)])
+    hidden = model.model(reference.cases()["one"][0]["input_ids"]).last_hidden_state.sum()
+    hidden.backward(retain_graph=True)
+    first = {name: p.grad.clone() for name, p in model.model.named_parameters()}
+    hidden.backward()
+    for name, p in model.model.named_parameters():
+        torch.testing.assert_close(p.grad, 2 * first[name])
+    with pytest.raises(RuntimeError, match="second time"):
+        hidden.backward()
 
 
 def alive(kind: type) -> list[Any]:
