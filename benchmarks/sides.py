@@ -1,14 +1,15 @@
 """What the benchmarks of long sequences compare: a model and a way to train it.
 
 Sides: `hf` the model as Transformers has it; `gc` the same with its gradient checkpointing (non-reentrant), whose loss
-holds all logits; `gc+ce` that checkpointing with the chunked head of `plain`; else a strategy by its name, with
-fields: `streambp:chunk=1024:offload=true`.
+holds all logits; `gc+ce` that checkpointing with the chunked head of `plain`; `spaco/8` the strategy `spaco` with
+a fixed draw, every eighth chunk up to the last one; else a strategy by its name, with fields:
+`streambp:chunk=1024:offload=true`.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -130,10 +131,18 @@ def trainer(case: Case, model: Any) -> Callable[[Any], None]:
         enable({"use_reentrant": False})
     if case.side in ("hf", "gc"):
         return lambda ids: model(input_ids=ids, labels=ids).loss.backward()
-    chosen = "plain" if case.side == "gc+ce" else case.side
+    chosen = {"gc+ce": "plain", "spaco/8": "spaco:p=0.125"}.get(case.side, case.side)
     step = strategies.prepare(model, strategies.build([section(chosen)]))
+    if case.side == "spaco/8":
+        step.step.draw = every_eighth
 
     def run(ids: Any) -> None:
         step({"input_ids": ids, "labels": ids})
 
     return run
+
+
+def every_eighth(count: int, must: Sequence[bool], *_: Any) -> list[Any]:
+    from strategies.streaming.draws import Sticky
+
+    return Sticky(p=0.125).weighted([(count - 1 - index) % 8 == 0 for index in range(count)], must)

@@ -23,7 +23,7 @@ from typing import Any
 from rows import in_fresh_process
 from sides import Case, sides_of
 
-SIDES = "plain,hf,gc,gc+ce,streambp,streambp:offload=true,seco,spaco"
+SIDES = "plain,hf,gc,gc+ce,streambp,streambp:offload=true,seco,spaco/8"
 AGAINST = ("gc", "gc+ce", "plain")
 MIB = 2**20
 

@@ -57,7 +57,8 @@ def test_tracker_counts_storages_until_their_last_reference_is_gone() -> None:
 @pytest.mark.parametrize("side", ["gc+ce", "streambp:chunk=512:offload=true"])
 def test_tracker_agrees_with_the_resident_memory_of_a_real_run(side: str) -> None:
     case = Case(side, 4096, model="256x4", vocabulary=4096)
-    real = in_fresh_process(case)["peak_bytes"]
+    # The kernel's count is never less than what is live, and now and then more: pages of files go when it likes.
+    real = min(in_fresh_process(case)["peak_bytes"] for _ in range(3))
     # Far above what pages of code and small blocks come to.
     assert real > 25 * MIB
     assert in_fresh_process(replace(case, fake=True))["peak_bytes"] == pytest.approx(real, rel=0.1)
