@@ -129,6 +129,13 @@ class LazyLogits(Tensor):
     def _float(self) -> LazyLogits:
         return self._like(self.hidden_D, torch.float32, self.graph)
 
+    def _clone(self, **kwargs: Any) -> Tensor:
+        # DDP that looks for unused parameters clones every output, and drops the clones of those without a grad_fn. It
+        # does so within an autograd function, where forward-mode gradients are off too.
+        if not torch._C._is_fwd_grad_enabled() and not torch.is_inference_mode_enabled():
+            return self._like(self.hidden_D.detach(), self.dtype, "lost")
+        return self.formed().clone(**kwargs)
+
     def _to(self, *args: Any, **kwargs: Any) -> Tensor:
         if len(args) == 1 and isinstance(args[0], torch.dtype) and not kwargs:
             return self._like(self.hidden_D, args[0], self.graph)
@@ -163,6 +170,7 @@ class LazyLogits(Tensor):
 
 
 _UNREAD: dict[str, Callable[..., Tensor]] = {
+    "clone": LazyLogits._clone,
     "detach": LazyLogits._detach,
     "float": LazyLogits._float,
     "to": LazyLogits._to,

@@ -7,8 +7,10 @@ import copy
 import engine_cases
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from families import FAMILIES, VOCABULARY, build
+from torch.nn.parallel import DistributedDataParallel
 
 import strategies
 from distrib.errors import UserError
@@ -262,6 +264,32 @@ def test_engines_leave_them_unread_and_readable(two_ranks, engine, strategy):
         log_probs = seen.evaluated[:, :-1].double().log_softmax(-1)
         chosen = log_probs.gather(2, rows["input_ids"][:, 1:, None])[..., 0][rows["labels"][:, 1:] != -100]
         assert -chosen.sum() / 10 < seen.next_losses[1] < seen.next_losses[0]
+
+
+@pytest.fixture
+def one_rank():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_ddp_that_looks_for_unused_parameters_leaves_them_unread(one_rank, formed):
+    plain = build("llama")
+    model = copy.deepcopy(plain)
+    strategies.prepare(model, PLAIN)
+    parallel = DistributedDataParallel(model, find_unused_parameters=True)
+    output = parallel(**batch())
+    output.loss.backward()
+    assert not formed
+    wanted = logits_of(plain)
+    with torch.no_grad():
+        assert torch.allclose(output.logits.clone(), wanted, rtol=1e-12)
+    wanted.square().sum().backward()
+    model.zero_grad()
+    output = parallel(**batch())
+    output.logits.square().sum().backward()
+    for name, p in plain.named_parameters():
+        assert torch.allclose(model.get_parameter(name).grad, p.grad, rtol=1e-9), name
 
 
 def reference_model(made_from, dtype):
