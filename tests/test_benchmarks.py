@@ -54,7 +54,9 @@ def test_tracker_counts_storages_until_their_last_reference_is_gone() -> None:
         assert tracker.live_bytes == 0
 
 
-@pytest.mark.parametrize(("side", "runs"), [("gc+ce", 1), ("streambp:chunk=512:offload=true", 3)])
+@pytest.mark.parametrize(
+    ("side", "runs"), [("gc+ce", 1), pytest.param("streambp:chunk=512:offload=true", 3, marks=pytest.mark.slow)]
+)
 def test_tracker_agrees_with_the_resident_memory_of_a_real_run(side: str, runs: int) -> None:
     case = Case(side, 4096, model="256x4", vocabulary=4096)
     # The kernel's count is never less than what is live, and now and then more: pages of files go when it likes.

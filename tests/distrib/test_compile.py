@@ -51,7 +51,7 @@ def shares(world: int) -> list[list[Batch]]:
     ("engine", "model"),
     [
         ("fsdp2", "full"),
-        ("ddp", "lora"),
+        pytest.param("ddp", "lora", marks=pytest.mark.slow),
         pytest.param("fsdp2", "lora", marks=pytest.mark.slow),
         pytest.param("ddp", "full", marks=pytest.mark.slow),
     ],
@@ -107,7 +107,7 @@ def test_dropout_draws_what_it_draws_uncompiled() -> None:
     assert worst(found, without) > 1e-2
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", ["full", pytest.param("lora", marks=pytest.mark.slow)])
 def test_lengths_do_not_compile_without_end(model: str) -> None:
     made_from = recipe(compile=True, **MODELS[model] | {"config_overrides": {"num_hidden_layers": 3}})
     known = graphs_over_lengths(made_from, range(5, 17))

@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import strategies
 from distrib.errors import UserError
+from distrib.topology import Topology, ensure_group
 from strategies.core.lazy_logits import LazyLogits, Reading
 
 PLAIN = [strategies.get("plain")()]
@@ -268,9 +269,12 @@ def test_engines_leave_them_unread_and_readable(two_ranks, engine, strategy):
 
 @pytest.fixture
 def one_rank():
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    """A group, unless an engine has made one in this process before."""
+    own = not dist.is_initialized()
+    ensure_group(Topology())
     yield
-    dist.destroy_process_group()
+    if own:
+        dist.destroy_process_group()
 
 
 def test_ddp_that_looks_for_unused_parameters_leaves_them_unread(one_rank, formed):
@@ -293,7 +297,6 @@ def test_ddp_that_looks_for_unused_parameters_leaves_them_unread(one_rank, forme
 
 
 def reference_model(made_from, dtype):
-    from distrib.topology import Topology
     from distrib.units import units
     from launch.models import Weights, build, load_config
 
