@@ -9,7 +9,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING, NoReturn, TypeVar
 
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 ORPHAN_GRACE_S = 60.0
 STORE_GRACE = timedelta(seconds=5)
+PEERS_GRACE_S = 5.0
+"""How long a rank whose mistake is every rank's stays for the others: launchers end all ranks once one is gone."""
 
 
 def exit_code(error: BaseException) -> int:
@@ -48,14 +50,17 @@ def report(error: BaseException, rank: str | None) -> None:
 def report_alone(error: BaseException, env: Mapping[str, str]) -> None:
     """Report an error from before the ranks can talk.
 
-    All ranks see a user's mistake alike, so one a node speaks; any other error may be one
+    All ranks see a user's mistake alike, so one a node speaks, before the others leave; any other error may be one
     rank's alone, so each adds a line.
     """
     if not launched(env):
         report(error, None)
     elif int(env.get("LOCAL_RANK") or env.get("SLURM_LOCALID") or 0) == 0:
         report(error, _rank(env))
-    elif not isinstance(error, UserError | Interrupted | KeyboardInterrupt):
+    elif isinstance(error, UserError):
+        if SUPERVISED not in env:
+            time.sleep(PEERS_GRACE_S)
+    elif not isinstance(error, Interrupted | KeyboardInterrupt):
         say(f"rank {_rank(env)}: {type(error).__name__}: {' '.join(str(error).split())}")
 
 
@@ -97,7 +102,16 @@ def _settle(error: BaseException, topology: Topology, store: Store) -> int:
         # the store ended with the rank that held it: that one failed first and spoke
         return code
     report(error, str(topology.rank))
+    if isinstance(error, UserError):
+        _await_peers(store, topology.world)
     return code
+
+
+def _await_peers(store: Store, world: int) -> None:
+    end = time.monotonic() + PEERS_GRACE_S
+    with suppress(RuntimeError):
+        while store.add("failed", 0) < world and time.monotonic() < end:
+            time.sleep(0.05)
 
 
 def _leave(code: int) -> NoReturn:
