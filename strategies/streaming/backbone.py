@@ -78,7 +78,8 @@ def precision_of(run: Callable[[], object]) -> torch.dtype:
     def note(kept: Tensor) -> Tensor:
         if kept.is_floating_point() and torch.finfo(kept.dtype).eps > torch.finfo(found[0]).eps:
             found[0] = kept.dtype
-        return kept
+        # An output that is kept with its history is kept by itself, and the graph with it for ever.
+        return kept.detach()
 
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(note, lambda kept: kept):
         run()

@@ -30,6 +30,7 @@ import strategies
 from distrib.contracts import Context
 from distrib.errors import Refused
 from strategies.core.steps import seeded
+from strategies.streaming.backbone import LENGTH
 from strategies.streaming.kernels import Math
 from strategies.streaming.store import Store
 
@@ -350,3 +351,13 @@ def test_two_attentions_that_round_otherwise_are_no_reason_to_refuse(
     prepared(reference.cases()["one"])
     found = model.model._ebbtide_streaming.attention if strategy == "streambp" else prepared.step._attention
     assert found == "ebbtide"
+
+
+@pytest.mark.parametrize("name", STREAMING)
+def test_a_trial_leaves_no_graph_behind(name: str) -> None:
+    step = strategies.prepare(lora(), [strategies.get(name)()])
+    ids = torch.arange(12).view(1, 12) % reference.VOCABULARY
+    step({"input_ids": ids, "labels": ids})
+    gc.collect()
+    tensors = [x for x in gc.get_objects() if isinstance(x, Tensor)]
+    assert [x.shape for x in tensors if LENGTH in x.shape and x.grad_fn is not None] == []
