@@ -9,12 +9,20 @@ class Refused(UserError):
     """A combination that would not be exact, or is not supported; raised before anything is built."""
 
 
+class OutOfMemory(UserError):
+    """What was asked for does not fit the device."""
+
+
 class Interrupted(Exception):
     """Stopped early with a checkpoint; the same command goes on. Exit code 75."""
 
 
 class NotFinite(Exception):
     """A loss or gradient that is NaN or infinite; raised before the weights are touched."""
+
+
+class WrongGradients(Exception):
+    """A strategy's gradients are not what it promises; raised before the weights are touched."""
 
 
 def choose(what: str, value: object, choices: object) -> UserError:

@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING, NoReturn, TypeVar
 
-from distrib.errors import Interrupted, NotFinite, UserError
+from distrib.errors import Interrupted, NotFinite, UserError, WrongGradients
 from launch.spawn import STOPPED, SUPERVISED, launched, say
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ def exit_code(error: BaseException) -> int:
 def report(error: BaseException, rank: str | None) -> None:
     """One line for what a user can act on, a traceback for the rest, once."""
     where = f"rank {rank}: " if rank is not None else ""
-    if isinstance(error, UserError | Interrupted | NotFinite):
+    if isinstance(error, UserError | Interrupted | NotFinite | WrongGradients):
         say(" ".join(str(error).split()))
     elif isinstance(error, KeyboardInterrupt):
         say("interrupted")

@@ -41,6 +41,10 @@ class SpaCO(Strategy):
         if not 0 < self.p <= 1:
             raise ValueError(f"p={self.p}: a probability above 0")
 
+    @property
+    def noise(self) -> float:
+        return math.sqrt(1 / self.p - 1)
+
     def check(self, config: Any, topology: Topology) -> None:
         refuse_router_loss("spaco", config)
 
@@ -57,6 +61,5 @@ class SpaCO(Strategy):
             return [index in kept for index in range(count)]
 
         if engine.topology.main and self.p < 1:
-            std = math.sqrt(1 / self.p - 1)
-            log.info("spaco: p=%g gives each sequence's gradient a relative std of about %.2g", self.p, std)
+            log.info("spaco: p=%g gives each sequence's gradient a relative std of about %.2g", self.p, self.noise)
         return ChunkedStep(model, engine, objective, self.chunk, self.offload, Sticky(self.p), must)

@@ -26,6 +26,7 @@ class SpaCOPublished(Strategy):
     fidelity = Fidelity.APPROXIMATE
     compiles = False
     exact_with: ClassVar[dict[str, Any]] = {"share": 1.0}
+    bound = 1.0
     chunk: int = 1024
     share: float = 0.5
     scale_loss: bool = False

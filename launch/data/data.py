@@ -38,6 +38,10 @@ class Reader(Protocol):
         """`count` rows that need the most memory together."""
         ...
 
+    def first(self, count: int) -> list[Row]:
+        """The first rows, without moving on."""
+        ...
+
 
 @dataclass(frozen=True)
 class Data:
@@ -69,6 +73,10 @@ class Data:
         """(id, row) of a stretch of the stream, to look at."""
         return self.reader.fetch(start, stop)
 
+    def first(self, count: int) -> list[Row]:
+        """The first rows of the stream, to look at while it stays where it is."""
+        return self.reader.first(count)
+
     def longest(self, batch: int) -> Batch:
         """The micro-batch that needs the most memory: tried before the run, so that it fails early or not at
         all."""
@@ -90,6 +98,9 @@ class Shuffled:
     def largest(self, count: int) -> list[Row]:
         return largest(self.stored, self.packed, count)
 
+    def first(self, count: int) -> list[Row]:
+        return [row for _, row in self.fetch(0, count)]
+
 
 @dataclass(frozen=True)
 class InOrder:
@@ -106,6 +117,9 @@ class InOrder:
 
     def largest(self, count: int) -> list[Row]:
         return largest(self.stored, self.packed, count)
+
+    def first(self, count: int) -> list[Row]:
+        return [row for _, row in self.fetch(0, min(count, len(self.places)))]
 
 
 def largest(stored: list[Stored], packed: bool, count: int) -> list[Row]:

@@ -63,9 +63,13 @@ class Stream:
         with every sequence at full length. A later group of more completions than the first is not
         foreseen."""
         length = self.sources[0][1].max_length
-        ((_, row),) = Stream(self.sources, self.packing, self.seed).fetch(0, 1)
+        (row,) = self.first(1)
         full = Sequence(np.zeros(length, np.int32), np.arange(length) > 0)
         return [(full,) if self.packing else tuple(full for _ in row)] * count
+
+    def first(self, count: int) -> list[Row]:
+        """By a reader of their own."""
+        return [row for _, row in Stream(self.sources, self.packing, self.seed).fetch(0, count)]
 
     def _mixed(self) -> Iterator[tuple[int, LazyRow]]:
         """All sources by turns. A row's id is its number in its source, counted on over the passes, times

@@ -38,8 +38,16 @@ class Strategy:
     fidelity: ClassVar[Fidelity] = Fidelity.EXACT
     exact_with: ClassVar[Mapping[str, Any]] = {}
     """For a strategy that is not exact: fields under which it is, so that everything but the estimate is tested."""
+    bound: ClassVar[float | None] = None
+    """For an approximation: the most that its mean gradient is off, relative to the gradient; of every parameter."""
     compiles: ClassVar[bool] = True
     """Whether it is right with blocks that torch.compile compiled."""
+
+    @property
+    def noise(self) -> float:
+        """For an estimate: about its standard deviation on one sequence, relative to the gradient. A few draws of a
+        rare event show none of it."""
+        return 0.0
 
     def check(self, config: Any, topology: Topology) -> None:
         """Raise Refused when this strategy cannot serve a model of this configuration; no weights exist
@@ -53,6 +61,13 @@ class Strategy:
     def step(self, model: nn.Module, engine: Engine, objective: Objective) -> Step | None:
         """What runs a global batch, or None for plain forward and backward."""
         return None
+
+
+def is_exact(strategy: Strategy) -> bool:
+    """By its kind, or with the fields that it has."""
+    fields = strategy.exact_with
+    as_asked = bool(fields) and all(getattr(strategy, name) == value for name, value in fields.items())
+    return strategy.fidelity is Fidelity.EXACT or as_asked
 
 
 def overrides(strategy: Strategy, method: str) -> bool:

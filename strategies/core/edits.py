@@ -9,7 +9,8 @@ copy as well.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, cast
@@ -64,6 +65,7 @@ class Mark:
     must_run: bool
     settings: tuple[str, ...] = ()
     ran: bool = False
+    bypassed: bool = False
 
 
 SWAPPED, WRAPPED = "_ebbtide_swapped", "_ebbtide_wrapped"
@@ -126,7 +128,10 @@ def wrapped_class(before: Any, mixin: type) -> Any:
     """A subclass of `before` under its own name, so that Transformers writes the right architecture."""
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        self.__dict__[WRAPPED].ran = True
+        mark = self.__dict__[WRAPPED]
+        if mark.bypassed:
+            return before.forward(self, *args, **kwargs)
+        mark.ran = True
         return mixin.forward(self, *args, **kwargs)  # type: ignore[attr-defined]
 
     def reduce(self: Any, protocol: int) -> Any:
@@ -191,6 +196,105 @@ def undo(model: nn.Module) -> None:
         if mark is not None:
             mark.before.train(module.training)
             _place(model, name, mark.before)
+
+
+@contextmanager
+def bypassed(model: nn.Module) -> Iterator[None]:
+    """Every edited module runs as it was before its edit, on the weights that it has now; right under any engine, also
+    where one has put shards in the place of the edited module's parameters."""
+    device = next(model.parameters()).device
+    with ExitStack() as stack:
+        for module in parts(model):
+            if WRAPPED in vars(module):
+                stack.enter_context(_unwrapped(module))
+            if SWAPPED in vars(module):
+                stack.enter_context(_put_back(module, device))
+        yield
+
+
+def parts(model: nn.Module) -> Iterator[nn.Module]:
+    """Its modules, those that an edit has replaced among them."""
+    for module in model.modules():
+        yield module
+        if SWAPPED in vars(module):
+            yield from parts(vars(module)[SWAPPED].before)
+
+
+@contextmanager
+def _unwrapped(module: nn.Module) -> Iterator[None]:
+    mark: Mark = vars(module)[WRAPPED]
+    settings = {name: vars(module).pop(name) for name in mark.settings}
+    mark.bypassed = True
+    try:
+        yield
+    finally:
+        mark.bypassed = False
+        vars(module).update(settings)
+
+
+@contextmanager
+def _put_back(after: nn.Module, device: Any) -> Iterator[None]:
+    """The module that was replaced runs inside the other one's call, whose hooks gather its weights."""
+    mark: Mark = vars(after)[SWAPPED]
+    before, ran = mark.before, mark.ran
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        before.train(after.training)
+        with _lent(before, after, device):
+            return before(*args, **kwargs)
+
+    vars(after)["forward"] = forward
+    try:
+        yield
+    finally:
+        del vars(after)["forward"]
+        mark.ran = ran
+
+
+@contextmanager
+def _lent(before: nn.Module, after: nn.Module, device: Any) -> Iterator[None]:
+    """`before` with the parameters and buffers of the same names that `after` has at this moment."""
+    theirs, kept = dict(after.named_modules()), []
+    for name, module in before.named_modules():
+        other = vars(theirs.get(name, nn.Identity()))
+        for kind in ("_parameters", "_buffers"):
+            mine = vars(module)[kind]
+            kept.append((mine, dict(mine)))
+            mine.update({leaf: other[kind].get(leaf, value) for leaf, value in mine.items()})
+        module._buffers.update({leaf: x if x is None else x.to(device) for leaf, x in module._buffers.items()})
+    try:
+        yield
+    finally:
+        for mine, own in kept:
+            mine.update(own)
+
+
+@contextmanager
+def resettled(model: nn.Module, owner: str, edits: Iterable[Edit]) -> Iterator[bool]:
+    """What `owner` has edited runs under the settings of these edits; False, and as before, where they are not the same
+    wraps."""
+    settings = {edit.name: dict(edit.settings) if isinstance(edit, Wrap) else None for edit in edits}
+    edited = {name: module for name, module in model.named_modules() if _owned(module, owner)}
+    same = edited.keys() == settings.keys() and all(
+        (given := settings[name]) is not None and WRAPPED in vars(module) and given.keys() == _settings(module).keys()
+        for name, module in edited.items()
+    )
+    kept = {name: _settings(edited[name]) for name in edited if same}
+    for name in kept:
+        vars(edited[name]).update(settings[name] or {})
+    try:
+        yield same
+    finally:
+        for name, own in kept.items():
+            vars(edited[name]).update(own)
+
+
+def _owned(module: nn.Module, owner: str) -> bool:
+    return any(kind in vars(module) and vars(module)[kind].owner == owner for kind in (SWAPPED, WRAPPED))
+
+
+def _settings(module: nn.Module) -> dict[str, Any]:
+    return {name: vars(module)[name] for name in vars(module)[WRAPPED].settings}
 
 
 def assert_ran(model: nn.Module) -> None:

@@ -180,7 +180,7 @@ class CausalLM:
         loss, output = _ask(self, request, lambda: forward(*args, return_dict=True, **kwargs))
         if getattr(output, "aux_loss", None) is not None:
             share = objective.weight(batch) * scale
-            loss = loss + _router_coefficient(self) * output.aux_loss * share
+            loss = loss + router_coefficient(self) * output.aux_loss * share
         assert request.logits is not None
         output = type(output)(**{**output, "loss": loss, "logits": request.logits(output.logits)})
         wanted = self.config.return_dict if return_dict is None else return_dict
@@ -210,7 +210,7 @@ def _ask(model: nn.Module, request: Request, forward: Any) -> tuple[Tensor, Any]
     return request.loss + output.logits.sum(), output
 
 
-def _router_coefficient(model: Any) -> float:
+def router_coefficient(model: Any) -> float:
     for name in ("router_aux_loss_coef", "aux_loss_coef"):
         for holder in (model, model.config):
             if hasattr(holder, name):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -77,17 +78,18 @@ def prepare(
     edit(model, strategies, None if engine is None else engine.topology)
     objective = SFT() if objective is None else objective
     engine = Local(model) if engine is None else engine
-    supplied = [step for strategy in strategies if (step := strategy.step(model, engine, objective)) is not None]
-    return Prepared(model, supplied[0] if supplied else PlainStep(engine, objective), engine, objective)
+    return Prepared(model, strategies, engine, objective)
 
 
 class Prepared:
     """A step for anyone's loop: takes one batch or the micro-batches of a global batch, with or without
     context."""
 
-    def __init__(self, model: nn.Module, step: Step, engine: Engine, objective: Objective) -> None:
+    def __init__(self, model: nn.Module, strategies: Sequence[Strategy], engine: Engine, objective: Objective) -> None:
+        supplied = [step for strategy in strategies if (step := strategy.step(model, engine, objective)) is not None]
         self.model = model
-        self.step = step
+        self.strategies = strategies
+        self.step: Step = supplied[0] if supplied else PlainStep(engine, objective)
         self.engine = engine
         self.objective = objective
         self._calls = 0
@@ -117,6 +119,21 @@ class Prepared:
 
     def undo(self) -> None:
         undo(self.model)
+
+    @contextmanager
+    def under(self, strategies: Sequence[Strategy]) -> Iterator[Prepared]:
+        """A step of the same edited model with other settings of the same strategies: a smaller chunk, say. Those whose
+        edits cannot take them on keep their own, as `strategies` of what is yielded says."""
+        inner = causal_lm(self.model)
+        with ExitStack() as stack:
+            taken = list(self.strategies)
+            for index, (old, new) in enumerate(zip(self.strategies, strategies, strict=True)):
+                if old == new:
+                    continue
+                own = list(new.edits(inner, self.engine.topology))
+                if stack.enter_context(edits.resettled(inner, name_of(new), own)):
+                    taken[index] = new
+            yield self if taken == list(self.strategies) else Prepared(self.model, taken, self.engine, self.objective)
 
     def _context(self, batches: Sequence[Batch]) -> Context:
         if self.engine.topology.world > 1:

@@ -66,6 +66,47 @@ def test_swaps_before_wraps_and_undo():
     assert torch.equal(made(X), before)
 
 
+def test_bypassed_edits_run_as_before_and_are_as_they_were():
+    made = model()
+    made[1].p = 0.0
+    before = made(X)
+    edits.apply(made, [("a", WRAP), ("b", Swap("0", halve)), ("b", Swap("2", halve)), ("d", Drop("1"))])
+    after, state = made(X), [dict(vars(m)) for m in made.modules()]
+    for name in ("0", "2"):
+        # As a sharding engine does, on the edited module alone.
+        part = made.get_submodule(name)
+        part._parameters["weight"] = nn.Parameter(2 * part.weight)
+        part._parameters["bias"] = nn.Parameter(2 * part.bias)
+    vars(made[2])[edits.SWAPPED].ran = False
+    with edits.bypassed(made):
+        wanted = nn.functional.linear(
+            nn.functional.linear(X, made[0].weight, made[0].bias), made[2].weight, made[2].bias
+        )
+        assert torch.equal(made(X), wanted)
+        assert "factor" not in vars(made[0])
+    assert not torch.allclose(wanted, 4 * before)
+    assert [dict(vars(m)) for m in made.modules()] == state
+    with pytest.raises(RuntimeError, match="2 did not run as edited"):
+        edits.assert_ran(made)
+    assert not torch.equal(made(X), after)
+    edits.undo(made)
+    assert torch.equal(made(X), before)
+
+
+def test_wraps_take_other_settings_for_a_while():
+    made = model().eval()
+    edits.apply(made, [("a", WRAP), ("b", Swap("2", halve))])
+    once = made[0](X)
+    with edits.resettled(made, "a", [Wrap("0", Doubling, {"factor": 4.0})]) as same:
+        assert same
+        assert torch.equal(made[0](X), 2 * once)
+    assert torch.equal(made[0](X), once)
+    for owner, others in (("a", []), ("a", [Wrap("2", Doubling, {"factor": 4.0})]), ("b", [Swap("2", halve)])):
+        with edits.resettled(made, owner, others) as same:
+            assert not same
+            assert torch.equal(made[0](X), once)
+
+
 def test_a_module_put_back_is_in_the_mode_of_the_one_it_replaces():
     made = model()
     edits.apply(made, [("a", Swap("0", halve))])

@@ -1,0 +1,91 @@
+"""What a recipe names, put together: first what can be wrong without weights, then the model and its step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import strategies
+from distrib.engines import check as check_engine
+from distrib.engines import make
+from distrib.topology import Topology
+from launch import sides
+from launch.data import Data, open_data
+from launch.models import Weights, build, check_vocabulary, load_config, refuse_packing
+from launch.objectives import make_objective
+from launch.recipe_file import global_batch
+from launch.settings import settings_of
+from launch.tokenizer import load_tokenizer
+from strategies.core.compare import Promise
+from strategies.core.objectives import Objective
+
+if TYPE_CHECKING:
+    import torch
+
+    from launch.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Checked against each other; no weights yet."""
+
+    recipe: Recipe
+    topology: Topology
+    config: Any
+    chosen: list[strategies.Strategy]
+    objective: Objective
+    tokenizer: Any
+    data: Data
+    global_batch: int
+
+    @classmethod
+    def of(cls, recipe: Recipe, topology: Topology) -> Parts:
+        config = load_config(recipe)
+        check_engine(recipe.engine.name, settings_of(recipe), topology)
+        chosen = strategies.build([section.model_dump() for section in recipe.strategy])
+        strategies.check(chosen, config, topology, recipe.compile)
+        if recipe.verify:
+            # An approximation that states no bound cannot be held to it.
+            Promise.of(chosen)
+        if recipe.packing:
+            refuse_packing(config)
+        objective = make_objective(recipe)
+        tokenizer = load_tokenizer(recipe)
+        check_vocabulary(config, tokenizer)
+        rows = global_batch(recipe, topology.world)
+        data = open_data(recipe, tokenizer, topology)
+        return cls(recipe, topology, config, chosen, objective, tokenizer, data, rows)
+
+    def model(
+        self,
+        dtype: torch.dtype | None = None,
+        weights: Callable[[Recipe, Any, Topology], Weights] = Weights,
+        baseline: str | None = None,
+    ) -> strategies.Prepared:
+        """The step of the edited model in its engine; in `dtype` alone where that is given. A baseline (of
+        `launch.sides`) takes the place of the strategies."""
+        recipe = self.recipe if dtype is None else self.recipe.model_copy(update={"bf16": False})
+        model = build(recipe, self.config, dtype)
+        if baseline:
+            sides.edit(baseline, model, self.topology)
+        else:
+            strategies.edit(model, self.chosen, self.topology)
+        source = weights(recipe, self.config, self.topology)
+        engine = make(recipe.engine.name, model, source.fill, self.topology, settings_of(recipe))
+        if baseline:
+            return sides.prepare(baseline, model, self.objective, engine)
+        return strategies.prepare(model, self.chosen, self.objective, engine)
+
+
+def described(parts: Parts) -> dict[str, Any]:
+    """The model, for people who compare."""
+    built = build(parts.recipe, parts.config)
+    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in built.parameters()]
+    return {
+        "name": parts.recipe.model_name_or_path,
+        "type": parts.config.model_type,
+        "parameters": sum(size for size, _ in sizes),
+        "trainable_parameters": sum(size for size, trained in sizes if trained),
+        "dtype": "bfloat16" if parts.recipe.bf16 else "float32",
+    }
