@@ -25,7 +25,9 @@ from statistics import median, quantiles
 from time import perf_counter
 from typing import Any
 
-from memory import Memory
+from rows import gradient_bytes, peak
+
+from distrib.meters import Memory
 
 ROOT = Path(__file__).resolve().parent.parent
 WARM_UP_STEPS = 2
@@ -140,10 +142,6 @@ def recipe(options: argparse.Namespace) -> Any:
     return Recipe(config_overrides=overrides, lora_r=options.lora, bf16=options.bf16)
 
 
-def gradient_bytes(model: Any) -> int:
-    return sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
-
-
 def figures(
     options: argparse.Namespace, model: Any, memory: Memory, ends: list[float], losses: list[float]
 ) -> dict[str, Any]:
@@ -151,7 +149,7 @@ def figures(
     optimizer states, told apart by their size."""
     times = [after - before for before, after in pairwise(ends)][WARM_UP_STEPS - 1 :]
     rate = options.batch * options.length / median(times)
-    above = memory.peak_bytes() - gradient_bytes(model)
+    above = peak(memory) - gradient_bytes(model)
     return {
         "tokens_per_s": rate,
         "mfu": mfu(options, model, rate),
@@ -183,6 +181,7 @@ def run_ebbtide(options: argparse.Namespace) -> dict[str, Any]:
     import strategies
     from distrib.checkpoint import Progress
     from distrib.contracts import Window
+    from distrib.energy import Meter
     from distrib.engines import Settings, make
     from distrib.loop import Loop, Plan
     from distrib.optim import Schedule
@@ -227,8 +226,9 @@ def run_ebbtide(options: argparse.Namespace) -> dict[str, Any]:
             save_total_limit=1,
             eval_steps=None,
         )
-        loop = Loop(plan, engine, step, window, strategies.SFT().weight, _nothing, lambda index: {}, report)
-        memory = Memory()
+        meter = Meter(topology)
+        loop = Loop(plan, engine, step, window, strategies.SFT().weight, _nothing, lambda index: {}, report, meter)
+        memory = Memory(topology)
         loop.run(Progress())
     return figures(options, model, memory, ends, losses)
 
@@ -277,7 +277,7 @@ def run_trainer(options: argparse.Namespace) -> dict[str, Any]:
         )
         data = [{"input_ids": row, "labels": row} for row in tokens]
         trainer = Trainer(model=model, args=arguments, train_dataset=data, callbacks=[Clock()])
-        memory = Memory()
+        memory = Memory(topology)
         trainer.train()
     return figures(options, model, memory, ends, losses)
 

@@ -5,7 +5,7 @@
     python benchmarks/max_length.py --cap 24 --model qwen3-8b --lora 8 --bf16    # all of a GPU's memory, in GiB
 
 Sides are those of `benchmarks/sides.py`. Every length tried is a row of `benchmarks/rows.py`, a fresh process that
-runs forward and backward; with `--meta` its live bytes are counted by `benchmarks/tracker.py` instead. The search
+runs forward and backward; with `--meta` its live bytes are counted by `distrib/tracker.py` instead. The search
 goes along the line through the longest that fits and the shortest that does not, in steps of 1,024 tokens, until the
 two are neighbours. Progress goes to stderr, JSON to stdout.
 """
@@ -14,23 +14,21 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import sys
-from collections.abc import Callable
 from dataclasses import asdict, replace
-from typing import Any
 
 from rows import in_fresh_process
-from sides import Case, sides_of
+from sides import Case
+
+from distrib.errors import UserError
+from launch.device import size_bytes
+from launch.longest import Probe, Row, search
+from launch.sides import sides_of
 
 SIDES = "gc,gc+ce,streambp,streambp:offload=true"
 STEP = 1024
 FURTHEST = 4096
 """Steps, 4M tokens: further is not looked for."""
-UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
-
-Row = dict[str, Any]
-Probe = Callable[[int], Row]
 
 
 def main() -> None:
@@ -40,14 +38,15 @@ def main() -> None:
     case = replace(case, threads=options.threads, fake=fake, cap_gib=options.cap)
     found = {}
     for side in sides_of(options.sides):
-        found[side] = search(probe_of(replace(case, side=side)), options.budget)
+        longest = search(probe_of(replace(case, side=side)), options.budget, FURTHEST)
+        found[side] = longest | {"max_length": longest.pop("steps") * STEP} if "steps" in longest else longest
         print(f"{side}: {found[side]}", file=sys.stderr, flush=True)
     print(json.dumps({"budget_bytes": options.budget, "case": asdict(case), "sides": found}, indent=1))
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("budget", nargs="?", type=size_bytes, metavar="BUDGET", help="such as 512MiB or 47.5GiB")
+    parser.add_argument("budget", nargs="?", metavar="BUDGET", help="such as 512MiB or 47.5GiB")
     parser.add_argument("--cap", type=float, metavar="GIB", help="what all of the process may take of a GPU")
     parser.add_argument("--meta", metavar="MODEL", help="count this model's live bytes, run nothing")
     parser.add_argument("--sides", default=SIDES)
@@ -60,16 +59,14 @@ def parse() -> argparse.Namespace:
     options = parser.parse_args()
     if (options.budget is None) == (options.cap is None):
         parser.error("give either BUDGET or --cap GIB")
+    if options.budget is not None:
+        try:
+            options.budget = size_bytes("BUDGET", options.budget)
+        except UserError as error:
+            parser.error(str(error))
     if options.cap is not None and not has_gpu():
         parser.error(f"--cap {options.cap:g}: there is no GPU here; give BUDGET, the bytes above weights and gradients")
     return options
-
-
-def size_bytes(text: str) -> int:
-    match = re.fullmatch(r"([\d.]+)([KMG]?)i?B?", text)
-    if match is None:
-        raise argparse.ArgumentTypeError(f"{text!r}: a number with B, KiB, MiB or GiB")
-    return int(float(match[1]) * UNITS[match[2]])
 
 
 def has_gpu() -> bool:
@@ -86,34 +83,6 @@ def probe_of(case: Case) -> Probe:
         return row
 
     return probe
-
-
-def search(probe: Probe, budget_bytes: float | None) -> Row:
-    """`max_length` (0: not even one step fits) and the peak there."""
-    budget = float("inf") if budget_bytes is None else budget_bytes
-    fits: dict[int, Row] = {0: {"peak_bytes": 0}}
-    fails: dict[int, Row] = {FURTHEST: {}}
-    guess = 1
-    while min(fails) - max(fits) > 1:
-        row = probe(guess)
-        if row["status"] == "refused":
-            return row
-        inside = row["status"] == "ok" and row["peak_bytes"] <= budget
-        (fits if inside else fails)[guess] = row
-        guess = next_guess(fits, fails, budget)
-    longest = max(fits)
-    return {"status": "ok", "max_length": longest * STEP, "peak_bytes": fits[longest]["peak_bytes"]}
-
-
-def next_guess(fits: dict[int, Row], fails: dict[int, Row], budget: float) -> int:
-    """Where the line through the two known ends meets the budget; twice as far, or the middle, without a line."""
-    low, high = max(fits), min(fails)
-    used, over = fits[low]["peak_bytes"], fails[high].get("peak_bytes")
-    if over is not None:
-        guess = low + int((high - low) * (budget - used) / (over - used))
-    else:
-        guess = 2 * low if high == FURTHEST else (low + high) // 2
-    return min(max(guess, low + 1), high - 1)
 
 
 if __name__ == "__main__":

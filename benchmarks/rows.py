@@ -23,8 +23,10 @@ from pathlib import Path
 from time import perf_counter, process_time
 from typing import Any
 
-from memory import EXACT_MALLOC, Memory
 from sides import Case, build, trainer
+
+from distrib.meters import EXACT_MALLOC, Memory
+from distrib.topology import Topology
 
 ROOT = Path(__file__).resolve().parent.parent
 # Two chunks and more of what works in chunks: every kernel has run once.
@@ -84,7 +86,7 @@ def measure(case: Case) -> dict[str, Any]:
     ids = torch.randint(model.config.vocab_size, (1, case.length), device=device)
     train(ids[:, :WARM_UP_LENGTH])
     model.zero_grad(set_to_none=True)
-    memory, step_s, cpu_s = Memory(), [], []
+    memory, step_s, cpu_s = Memory(Topology(device_type=device)), [], []
     for _ in range(case.steps):
         model.zero_grad(set_to_none=True)
         start, start_cpu = perf_counter(), process_time()
@@ -93,7 +95,14 @@ def measure(case: Case) -> dict[str, Any]:
             torch.cuda.synchronize()
         step_s.append(perf_counter() - start)
         cpu_s.append(process_time() - start_cpu)
-    return {"peak_bytes": memory.peak_bytes() - gradient_bytes(model), "step_s": step_s, "cpu_s": cpu_s}
+    return {"peak_bytes": peak(memory) - gradient_bytes(model), "step_s": step_s, "cpu_s": cpu_s}
+
+
+def peak(memory: Memory) -> int:
+    found = memory.peak_bytes()
+    if found is None:
+        sys.exit("this kernel does not tell a process's peak memory: measure on Linux, or on a GPU")
+    return found
 
 
 def gradient_bytes(model: Any) -> int:
@@ -104,7 +113,8 @@ def measure_fake(case: Case) -> dict[str, Any]:
     """`peak_bytes` of the same run without its data."""
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
-    from tracker import Tracker, materialise, tracking
+
+    from distrib.tracker import Tracker, materialise, tracking
 
     fake, tracker = FakeTensorMode(), Tracker()
     model = build(case, "meta")

@@ -1,9 +1,7 @@
 """What the benchmarks of long sequences compare: a model and a way to train it.
 
-Sides: `hf` the model as Transformers has it; `gc` the same with its gradient checkpointing (non-reentrant), whose loss
-holds all logits; `gc+ce` that checkpointing with the chunked head of `plain`; `spaco/8` the strategy `spaco` with
-a fixed draw, every eighth chunk up to the last one; else a strategy by its name, with fields:
-`streambp:chunk=1024:offload=true`.
+Sides are those of `launch/sides.py`, and `spaco/8`: the strategy `spaco` with a fixed draw, every eighth chunk up to
+the last one.
 """
 
 from __future__ import annotations
@@ -107,32 +105,11 @@ def build(case: Case, device: str) -> Any:
     return model.train()
 
 
-def sides_of(text: str) -> list[str]:
-    """Sides divided by commas, except those inside a field's brackets."""
-    return re.split(r",(?![^\[]*\])", text)
-
-
-def section(side: str) -> dict[str, Any]:
-    """`name:field=value:field=value` as a recipe's section."""
-    import yaml
-
-    name, *fields = side.split(":")
-    pairs = (field.partition("=") for field in fields)
-    return {"name": name} | {key: yaml.safe_load(value) for key, _, value in pairs}
-
-
 def trainer(case: Case, model: Any) -> Callable[[Any], None]:
     """Forward and backward of a batch, as the side does it."""
-    import strategies
+    from launch.sides import prepare
 
-    if case.side in ("gc", "gc+ce"):
-        # The name before Transformers 5.2x is the second one.
-        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
-    if case.side in ("hf", "gc"):
-        return lambda ids: model(input_ids=ids, labels=ids).loss.backward()
-    chosen = {"gc+ce": "plain", "spaco/8": "spaco:p=0.125"}.get(case.side, case.side)
-    step = strategies.prepare(model, strategies.build([section(chosen)]))
+    step = prepare("spaco:p=0.125" if case.side == "spaco/8" else case.side, model)
     if case.side == "spaco/8":
         step.step.draw = every_eighth
 

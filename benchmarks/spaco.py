@@ -26,7 +26,7 @@ from statistics import mean, stdev
 from time import perf_counter, process_time
 from typing import TYPE_CHECKING, Any
 
-from sides import section
+from launch.sides import section
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -21,7 +21,9 @@ from statistics import median, quantiles
 from typing import Any
 
 from rows import in_fresh_process
-from sides import Case, sides_of
+from sides import Case
+
+from launch.sides import sides_of
 
 SIDES = "plain,hf,gc,gc+ce,streambp,streambp:offload=true,seco,spaco/8"
 AGAINST = ("gc", "gc+ce", "plain")
