@@ -7,7 +7,6 @@ position in the data and all randomness follow from the step, so beside the engi
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from dataclasses import asdict, dataclass
@@ -17,6 +16,7 @@ import torch.distributed as dist
 
 from distrib.contracts import Engine
 from distrib.errors import UserError
+from distrib.files import sync, write_text
 
 MANIFEST = "manifest.json"
 
@@ -77,7 +77,7 @@ def save(run: Path, engine: Engine, manifest: Manifest, keep: int | None) -> Pat
         write_text(draft / MANIFEST, json.dumps(asdict(manifest), indent=1))
         shutil.rmtree(final, ignore_errors=True)
         draft.rename(final)
-        _sync(final.parent)
+        sync(final.parent)
         for old in checkpoints(run)[: -keep if keep else 0]:
             shutil.rmtree(old)
     wait(engine)
@@ -94,25 +94,6 @@ def drop_after(run: Path, step: int) -> None:
     for later in checkpoints(run):
         if step_of(later) > step:
             shutil.rmtree(later)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Whole or not at all, and on the disk."""
-    draft = path.with_name(f".{path.name}.draft")
-    with draft.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    draft.rename(path)
-    _sync(path.parent)
-
-
-def _sync(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def wait(engine: Engine) -> None:

@@ -1,4 +1,4 @@
-"""The append-only files of a run (`metrics.jsonl`, `samples.jsonl`): one JSON object a line, each with its `step`."""
+"""The append-only files of a run, as `metrics.jsonl`: one JSON object a line, each with its `step`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from distrib.checkpoint import write_text
+from distrib.files import write_text
 
 
 class Journal:
