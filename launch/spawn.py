@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
+from typing import IO
 
 STOPPED = 75
 GRACE_S = 5.0
@@ -40,12 +41,27 @@ def spawn(arguments: Sequence[str], nproc: int) -> int:
     Ctrl-C, SIGTERM and SIGHUP reach the ranks as SIGTERM, which stops them with a checkpoint; another
     Ctrl-C kills. Each rank leads a process group of its own, so that nothing it started outlives it.
     """
-    with _reserved_port() as port:
-        ranks = [_start(arguments, rank, nproc, port) for rank in range(nproc)]
-        job = Job(ranks)
-        with job.signals():
-            job.wait()
+    with started("launch", arguments, nproc) as job, job.signals():
+        job.wait()
     return job.exit_code()
+
+
+@contextmanager
+def started(
+    module: str,
+    arguments: Sequence[str],
+    nproc: int,
+    output: IO[bytes] | None = None,
+    environment: Mapping[str, str] | None = None,
+) -> Iterator[Job]:
+    """`python -m module` as `nproc` ranks, which end with the block at the latest; `output` takes what they print."""
+    with _reserved_port() as port:
+        command = [sys.executable, "-P", "-m", module, *arguments]
+        job = Job([_start(command, rank, nproc, port, output, environment or {}) for rank in range(nproc)])
+        try:
+            yield job
+        finally:
+            job.kill()
 
 
 @contextmanager
@@ -57,11 +73,14 @@ def _reserved_port() -> Iterator[int]:
         yield reserved.getsockname()[1]
 
 
-def _start(arguments: Sequence[str], rank: int, nproc: int, port: int) -> subprocess.Popen[bytes]:
+def _start(
+    command: Sequence[str], rank: int, nproc: int, port: int, output: IO[bytes] | None, environment: Mapping[str, str]
+) -> subprocess.Popen[bytes]:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     env = {
         "OMP_NUM_THREADS": str(max(1, cores // nproc)),
         **os.environ,
+        **environment,
         "RANK": str(rank),
         "WORLD_SIZE": str(nproc),
         "LOCAL_RANK": str(rank),
@@ -74,8 +93,9 @@ def _start(arguments: Sequence[str], rank: int, nproc: int, port: int) -> subpro
     if Path(sys.path[0] or ".").resolve() == home:
         # started from a checkout that is not installed: -P below hides the working directory
         env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(home), env.get("PYTHONPATH")]))
-    command = [sys.executable, "-P", "-m", "launch", *arguments]
-    return subprocess.Popen(command, env=env, stdin=subprocess.PIPE, start_new_session=True)
+    return subprocess.Popen(
+        command, env=env, stdin=subprocess.PIPE, stdout=output, stderr=output, start_new_session=True
+    )
 
 
 class Job:
@@ -92,13 +112,13 @@ class Job:
         try:
             yield
         finally:
-            self._kill()
+            self.kill()
             for number, handler in before.items():
                 signal.signal(number, handler)
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.told_to_stop:
-            self._kill()
+            self.kill()
             return
         if self.told_to_stop:
             return
@@ -114,10 +134,10 @@ class Job:
             if failed_s is None and any(code not in (None, 0, STOPPED) for code in codes):
                 failed_s = time.monotonic()
             if failed_s is not None and time.monotonic() - failed_s > GRACE_S:
-                self._kill()
+                self.kill()
             time.sleep(POLL_S)
 
-    def _kill(self) -> None:
+    def kill(self) -> None:
         for index, rank in enumerate(self.ranks):
             if rank.poll() is None:
                 self.killed.add(index)
