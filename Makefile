@@ -1,6 +1,8 @@
 # `make demo` and `make test` need Python 3.11 or newer and make; the rest is installed into .venv.
 PYTHON ?= python3
 BIN := .venv/bin
+# two workers: most tests keep one core busy, those of two ranks both
+PYTEST := -m pytest --numprocesses 2 --dist worksteal
 INSTALLED := .venv/installed
 INSTALLED_LOW := .venv-low/installed
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --constraint constraints.txt
@@ -9,16 +11,17 @@ PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --constraint
 
 demo: $(INSTALLED)
 	$(BIN)/ebbtide train recipes/tiny.yaml nproc=2
+	$(BIN)/ebbtide bench recipes/tiny-long.yaml --strategies plain,gc+ce,streambp,seco --repeats 2 --steps 3
 
 test: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST) -m "not slow"
 
 test-all: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST)
 
 # with the lowest versions that pyproject.toml allows, in .venv-low
 test-low: $(INSTALLED_LOW)
-	OMP_NUM_THREADS=1 .venv-low/bin/python -m pytest -m "not slow"
+	OMP_NUM_THREADS=1 .venv-low/bin/python $(PYTEST) -m "not slow"
 
 check: $(INSTALLED)
 	$(BIN)/ruff check
@@ -41,5 +44,5 @@ $(INSTALLED_LOW): pyproject.toml constraints-low.txt
 	$(PYTHON) -m venv .venv-low
 	.venv-low/bin/python -m pip install -qq --disable-pip-version-check --constraint constraints-low.txt setuptools ninja torch
 	.venv-low/bin/python -m pip install -qq --disable-pip-version-check --constraint constraints-low.txt \
-		--no-build-isolation --editable . pytest
+		--no-build-isolation --editable . pytest pytest-xdist
 	@touch $@

@@ -8,10 +8,12 @@ Position and randomness follow from the step alone, so a run that was killed goe
 
 from __future__ import annotations
 
+import logging
 import math
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -23,10 +25,14 @@ import torch.distributed as dist
 from distrib import checkpoint
 from distrib.checkpoint import Manifest, Progress
 from distrib.contracts import Batch, Context, Engine, Step, Window
-from distrib.errors import Interrupted, NotFinite, UserError
+from distrib.energy import Account, Meter, Reading
+from distrib.errors import Interrupted, NotFinite, OutOfMemory, UserError
 from distrib.journal import Journal
-from distrib.meters import peak_bytes
+from distrib.meters import is_out_of_memory, peak_bytes
 from distrib.optim import Schedule
+from distrib.profiling import Profiler, snapshot
+
+log = logging.getLogger("ebbtide")
 
 
 @dataclass(frozen=True)
@@ -44,6 +50,7 @@ class Plan:
     save_steps: int
     save_total_limit: int | None
     eval_steps: int | None
+    profile_steps: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -58,9 +65,19 @@ class Totals:
     ids: list[int]
 
 
+@dataclass(frozen=True)
+class Mark:
+    """Where an account begins."""
+
+    reading: Reading
+    progress: Progress
+
+
 class Loop:
     """`window(start, stop)` gives this rank's share of rows [start, stop); `annotate` adds what the objective wants
-    to know beforehand (a reference's log-probabilities); `evaluate` returns figures to journal."""
+    to know beforehand (a reference's log-probabilities); `evaluate` returns figures to journal. Energy is journalled
+    twice: on a line what was used since the line before, and in `energy.jsonl` the account since the checkpoint before,
+    so that a run that goes on from any checkpoint has the accounts of all steps up to it."""
 
     def __init__(
         self,
@@ -72,6 +89,7 @@ class Loop:
         annotate: Callable[[list[Batch], Context], None],
         evaluate: Callable[[int], dict[str, Any]],
         report: Callable[[dict[str, Any]], None],
+        meter: Meter,
     ) -> None:
         self.plan = plan
         self.engine = engine
@@ -82,26 +100,47 @@ class Loop:
         self.annotate = annotate
         self.evaluate = evaluate
         self.report = report
+        self.meter = meter
         self._stop = False
+        self._journals: dict[str, Journal] = {}
         self._saved: int | None = None
 
     def run(self, progress: Progress) -> Progress:
         """From `progress` to the plan's last step; raises Interrupted after a checkpoint when told to stop."""
-        names = ("metrics", "samples", "evaluations") if self.topology.main else ()
+        names = ("metrics", "samples", "evaluations", "energy", "events") if self.topology.main else ()
         if self.topology.main:
             checkpoint.drop_after(self.plan.run, progress.step)
         self._saved = progress.step if checkpoint.exists(self.plan.run, progress.step) else None
+        self._line_mark = self._checkpoint_mark = Mark(self.meter.read(), progress)
         self._journals = {name: Journal(self.plan.run / f"{name}.jsonl", progress.step) for name in names}
+        profiler = Profiler(self.plan.run / "profile", self.plan.profile_steps, self.topology)
         handlers = {kind: signal.signal(kind, self._ask_to_stop) for kind in (signal.SIGTERM, signal.SIGINT)}
+        self._event(
+            progress, "resume" if progress.step else "start", f"{self.engine.name}, world {self.topology.world}"
+        )
         try:
             while progress.step < self.plan.steps:
-                progress = self._one(progress)
+                profiler.begin(progress.step + 1)
+                progress = self.one(progress)
+                if (trace := profiler.end(progress.step)) and self.topology.main:
+                    log.info("steps are traced in %s", trace)
+            self._event(progress, "finish")
+        except (Interrupted, NotFinite, UserError) as error:
+            self._event(progress, "stop", str(error))
+            raise
         finally:
+            profiler.end(progress.step, early=True)
             for kind, handler in handlers.items():
                 signal.signal(kind, handler)
             for journal in self._journals.values():
                 journal.close()
         return progress
+
+    def _event(self, progress: Progress, event: str, detail: str | None = None) -> None:
+        if self._journals:
+            self._journals["events"].write(
+                {"step": progress.step, "time": time.time(), "event": event, "detail": detail}
+            )
 
     def _ask_to_stop(self, kind: int, frame: FrameType | None) -> None:
         # Launchers may pass SIGTERM on more than once; only a person's second Ctrl-C means at once.
@@ -117,18 +156,28 @@ class Loop:
         context = Context(self.plan.seed, -1, math.inf)
         batches = self._to_device([longest])
         self.annotate(batches, context)
-        try:
+        rows, length = longest["input_ids"].shape
+        with self._explaining(f"in the preflight: {rows} sequences of {length} tokens, the longest, do not fit"):
             self.step(batches, context)
-        except torch.OutOfMemoryError as error:
-            rows, length = longest["input_ids"].shape
-            raise UserError(
-                f"out of memory in the preflight: {rows} sequences of {length} tokens, the longest, do not fit "
-                f"({str(error).splitlines()[0]}); lower max_length or per_device_train_batch_size, or choose another "
-                "strategy or engine"
-            ) from None
         self.engine.zero_grad()
 
-    def _one(self, progress: Progress) -> Progress:
+    @contextmanager
+    def _explaining(self, where: str) -> Iterator[None]:
+        """Out of memory is said in one line, with the file that shows what filled it."""
+        try:
+            yield
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            found = snapshot(self.plan.run.with_name(f"{self.plan.run.name}-oom"), self.topology)
+            seen = f"; what filled it is in {found}" if found else ""
+            raise OutOfMemory(
+                f"out of memory {where} ({str(error).splitlines()[0]}); lower max_length or "
+                f"per_device_train_batch_size, or choose another strategy or engine{seen}"
+            ) from None
+
+    def one(self, progress: Progress) -> Progress:
+        """One step, journalled when it is `run` that asks for it."""
         begin = time.perf_counter()
         plan, index = self.plan, progress.step
         start = index * plan.global_batch
@@ -142,18 +191,8 @@ class Loop:
             raise UserError(
                 f"step {index + 1}: its {len(totals.ids)} rows have no loss tokens; look at them with `ebbtide data`"
             )
-        context = Context(plan.seed, index, totals.weight)
-        batches = self._to_device(window.micro_batches)
-        self.annotate(batches, context)
-        self.engine.module.train()
-        loss = self._sum(self.step(batches, context).loss)
-        if not math.isfinite(loss):
-            raise NotFinite(f"step {index + 1}: the loss is {loss}; the newest checkpoint is untouched")
-        rate = plan.schedule(index)
-        try:
-            norm = self.engine.step(rate, plan.max_grad_norm or None)
-        except NotFinite as error:
-            raise NotFinite(f"step {index + 1}: {error}; the newest checkpoint is untouched") from None
+        with self._explaining(f"in step {index + 1}"):
+            loss, norm, rate = self._update(index, window, totals.weight)
         progress = Progress(
             index + 1,
             progress.tokens + totals.tokens,
@@ -165,15 +204,35 @@ class Loop:
         self._now_and_then(progress)
         return progress
 
+    def _update(self, index: int, window: Window, weight: float) -> tuple[float, float, float]:
+        """The loss, the gradient's norm and the learning rate of one step; an error leaves the weights as they were."""
+        context = Context(self.plan.seed, index, weight)
+        batches = self._to_device(window.micro_batches)
+        self.annotate(batches, context)
+        self.engine.module.train()
+        loss = self._sum(self.step(batches, context).loss)
+        if not math.isfinite(loss):
+            raise NotFinite(f"step {index + 1}: the loss is {loss}; the newest checkpoint is untouched")
+        rate = self.plan.schedule(index)
+        try:
+            norm = self.engine.step(rate, self.plan.max_grad_norm or None)
+        except NotFinite as error:
+            raise NotFinite(f"step {index + 1}: {error}; the newest checkpoint is untouched") from None
+        return loss, norm, rate
+
     def _journal(
         self, progress: Progress, totals: Totals, loss: float, norm: float, rate: float, seconds: float
     ) -> None:
         due = progress.step % self.plan.logging_steps == 0 or progress.step == self.plan.steps
-        peak = int(self._max(peak_bytes(self.topology))) if due else 0
-        if not self._journals:
+        if self._journals:
+            self._journals["samples"].write({"step": progress.step, "ids": totals.ids})
+        if not due:
             return
-        self._journals["samples"].write({"step": progress.step, "ids": totals.ids})
-        if due:
+        peak = self.most(peak_bytes(self.topology))
+        energy, self._line_mark = self._energy_since(self._line_mark, progress)
+        if self._journals:
+            # A line has no room to say what of it is missing.
+            whole = energy.coverage == 1
             line = {
                 "step": progress.step,
                 "loss": loss,
@@ -186,11 +245,21 @@ class Loop:
                 "nonpad_tokens_per_s": totals.nonpad_tokens / seconds,
                 "loss_tokens_per_s": totals.loss_tokens / seconds,
                 "peak_bytes": peak,
-                "joules": None,
+                "joules": energy.joules if whole else None,
+                "joules_per_token": energy.joules_per_token if whole else None,
+                "energy_source": energy.source if whole else None,
                 "time": time.time(),
             }
             self._journals["metrics"].write(line)
             self.report(line)
+
+    def _energy_since(self, mark: Mark, progress: Progress) -> tuple[Account, Mark]:
+        """The whole job's account of the steps since the mark, and the mark after them. Every rank calls it."""
+        reading, done = self.meter.read(), mark.progress
+        account = self.meter.between(
+            mark.reading, reading, tokens=progress.tokens - done.tokens, steps=progress.step - done.step
+        )
+        return account, Mark(reading, progress)
 
     def _now_and_then(self, progress: Progress) -> None:
         plan = self.plan
@@ -207,6 +276,10 @@ class Loop:
         # Before the first step there is nothing to save, and torch would save the optimizer as if it had made one.
         if progress.step in (0, self._saved):
             return
+        # Before the checkpoint: one that is whole has the account of its steps beside it.
+        energy, self._checkpoint_mark = self._energy_since(self._checkpoint_mark, progress)
+        if self._journals:
+            self._journals["energy"].write({"step": progress.step, **energy.as_dict()})
         manifest = Manifest(progress, self.topology.world, self.engine.name, self.plan.global_batch)
         checkpoint.save(self.plan.run, self.engine, manifest, self.plan.save_total_limit)
         self._saved = progress.step
@@ -234,11 +307,12 @@ class Loop:
             dist.all_reduce(value)
         return value.item()
 
-    def _max(self, value: float) -> float:
-        held = torch.tensor(float(value), dtype=torch.float64)
+    def most(self, value: int | None) -> int | None:
+        """Of all ranks; None where no rank knows."""
+        held = torch.tensor(-1.0 if value is None else value, dtype=torch.float64)
         if self.topology.world > 1:
             dist.all_reduce(held, op=dist.ReduceOp.MAX)
-        return held.item()
+        return int(held) if held >= 0 else None
 
     def _to_device(self, batches: list[Batch]) -> list[Batch]:
         device = self.topology.device

@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import re
+import shlex
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -16,14 +17,24 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from distrib.errors import UserError, choose
 from launch.rank import exit_code, follow_supervisor, report_alone, run_ranked, stoppable
-from launch.spawn import launched, spawn
+from launch.spawn import launched, say, spawn
 
 if TYPE_CHECKING:
+    from distrib.topology import Topology
     from launch.recipe import Recipe
 
 OVERRIDES = "key=value and --key value change the recipe; dots reach into sections: engine.name=zero"
+DEVICE = (
+    f"{OVERRIDES}; device.memory=80GiB device.count=8 device.flops=400T plan for another device than this machine's"
+)
 FLAGS = ("--json", "--schema", "--help", "-h")
-VALUED_FLAGS = ("--count",)
+OWN_FLAGS = {"bench": ("--resume",)}
+VALUED_FLAGS = {
+    "data": ("--count",),
+    "verify": ("--length",),
+    "plan": ("--strategies", "--engines", "--fit"),
+    "bench": ("--strategies", "--lengths", "--repeats", "--steps", "--max-length", "--output"),
+}
 QUIET = {
     "TORCH_CPP_LOG_LEVEL": "ERROR",
     "TRANSFORMERS_VERBOSITY": "error",
@@ -67,10 +78,11 @@ def _run(words: list[str]) -> int:
     if not words[0].startswith("-") and words[0] not in COMMANDS:
         raise choose("command", words[0], COMMANDS)
     overrides: list[str] = []
+    said = shlex.join(["ebbtide", *words])
     if words[0] in WITH_RECIPE:
-        words, overrides = _split(words)
+        words, overrides = _split(words, OWN_FLAGS.get(words[0], ()), VALUED_FLAGS.get(words[0], ()))
     arguments = parser.parse_args(words)
-    arguments.overrides = overrides
+    arguments.overrides, arguments.said = overrides, said
     return COMMANDS[words[0]](arguments)
 
 
@@ -85,34 +97,50 @@ def _parser() -> Parser:
         return made
 
     train = command("train", "train a model as a recipe says, or go on with its unfinished run", OVERRIDES)
+    verify = command("verify", "compare the gradients of a recipe's strategies with plain autograd's", OVERRIDES)
+    verify.add_argument("--length", type=int, metavar="T", help="tokens of a row (128)")
     data = command("data", "show the first samples' tokens with their loss mask", OVERRIDES)
     data.add_argument("--count", type=int, default=3, metavar="N", help="samples to show (3)")
+    bench = command("bench", "measure every strategy on this model and machine, side by side", OVERRIDES)
+    bench.add_argument("--strategies", metavar="A,B", help="which, with fields as in streambp:chunk=512; also hf")
+    bench.add_argument("--lengths", metavar="N,M", help="lengths in tokens (the recipe's max_length)")
+    bench.add_argument("--repeats", type=int, default=3, metavar="N", help="times that all are measured in turn (3)")
+    bench.add_argument("--steps", type=int, default=5, metavar="N", help="timed steps of a repeat (5)")
+    bench.add_argument("--max-length", metavar="MEMORY", help="look for the longest length within, such as 24GiB")
+    bench.add_argument("--output", type=Path, metavar="FOLDER", help="where to (the recipe's output_dir with -bench)")
+    bench.add_argument("--resume", action="store_true", help="finish a comparison that was stopped")
+    plan = command("plan", "what fits: memory by class and longest sequence of every strategy", DEVICE)
+    plan.add_argument("--strategies", metavar="A,B", help="rows to plan, as plain,streambp:chunk=1024,gc+ce")
+    plan.add_argument("--engines", metavar="A,B", help="of ddp, fsdp2, zero1, zero2, zero3 (the recipe's)")
+    plan.add_argument("--fit", type=Path, metavar="FILE", help="write the recipe with what is recommended")
     command("strategies", "list the ways to compute gradients")
     export = command("export", "write a run's model as a folder that Transformers or PEFT loads")
     export.add_argument("run", metavar="RUN", type=Path, help="the run's output folder")
     export.add_argument("--output", type=Path, metavar="FOLDER", help="where to (RUN/final, or RUN/merged)")
     export.add_argument("--merge", action="store_true", help="merge a LoRA adapter into its model")
+    report = command("report", "write a run's report.html and report.md anew, finished or not")
+    report.add_argument("run", metavar="RUN", type=Path, help="the run's output folder")
     recipe = command("recipe", "check a recipe and show every key of it", OVERRIDES)
     recipe.add_argument("--schema", action="store_true", help="print the JSON schema, for editors")
-    for needs, made in ((None, train), (None, data), ("?", recipe)):
+    for needs, made in ((None, train), (None, verify), (None, data), (None, plan), (None, bench), ("?", recipe)):
         made.usage = f"{made.prog} [options] RECIPE [key=value ...]"
         made.add_argument("recipe", metavar="RECIPE", nargs=needs, help="a YAML file")
     return parser
 
 
-def _split(words: list[str]) -> tuple[list[str], list[str]]:
+def _split(words: list[str], switches: Sequence[str], valued: Sequence[str]) -> tuple[list[str], list[str]]:
     """The command's own words, and the recipe's overrides among them."""
     own: list[str] = []
     overrides: list[str] = []
     rest = iter(words)
     for word in rest:
         name = word.partition("=")[0]
-        if word in FLAGS or name in VALUED_FLAGS:
+        if word in FLAGS or word in switches or name in valued:
             own.append(word)
-            if word in VALUED_FLAGS:
+            if word in valued:
                 own.extend([value for value in [next(rest, None)] if value is not None])
         elif word.startswith("--"):
-            _refuse_misspelt(name)
+            _refuse_misspelt(name, [*FLAGS, *switches, *valued])
             overrides.append(word)
             if "=" not in word:
                 overrides.extend([value for value in [next(rest, None)] if value is not None])
@@ -123,8 +151,8 @@ def _split(words: list[str]) -> tuple[list[str], list[str]]:
     return own, overrides
 
 
-def _refuse_misspelt(flag: str) -> None:
-    near = get_close_matches(flag, [*FLAGS, *VALUED_FLAGS], n=1, cutoff=0.7)
+def _refuse_misspelt(flag: str, flags: Sequence[str]) -> None:
+    near = get_close_matches(flag, flags, n=1, cutoff=0.7)
     if near:
         from launch.recipe import Recipe
 
@@ -142,22 +170,56 @@ def _version() -> str:
 
 
 def _train(arguments: argparse.Namespace) -> int:
+    def train(recipe: Recipe, topology: Topology) -> dict[str, Any]:
+        from launch.train import train
+
+        return train(recipe, topology)
+
+    return _on_ranks(arguments, train, lambda summary: _show(summary, arguments.json))
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    if arguments.length is not None and arguments.length < 2:
+        raise UserError(f"--length {arguments.length}: must be at least 2 tokens")
+
+    def verify(recipe: Recipe, topology: Topology) -> dict[str, Any]:
+        from launch.verify import LENGTH, gradient_error
+
+        return gradient_error(recipe, topology, arguments.length or LENGTH)
+
+    def show(found: dict[str, Any]) -> int:
+        from launch.verify import table, wrong
+
+        print(json.dumps(found) if arguments.json else table(found), flush=True)
+        if found["verdict"] == "wrong":
+            say(f"{wrong(found)}; choose another strategy, and report this one")
+        return int(found["verdict"] == "wrong")
+
+    words = [] if arguments.length is None else ["--length", str(arguments.length)]
+    return _on_ranks(arguments, verify, show, words)
+
+
+def _on_ranks(
+    arguments: argparse.Namespace,
+    work: Callable[[Recipe, Topology], dict[str, Any]],
+    show: Callable[[dict[str, Any]], int | None],
+    words: Sequence[str] = (),
+) -> int:
+    """Do the work on this process or start ranks that do; the first one shows what came of it."""
     follow_supervisor()
     with stoppable():
         recipe = _recipe(arguments)
         if recipe.nproc > 1 and not launched(os.environ):
-            json_flag = ["--json"] if arguments.json else []
-            return spawn(["train", arguments.recipe, *json_flag, *arguments.overrides], recipe.nproc)
-        _quieten()
+            flags = [*words, *(["--json"] if arguments.json else [])]
+            return spawn([arguments.command, arguments.recipe, *flags, *arguments.overrides], recipe.nproc)
+        quieten()
         # what libraries print is no result
         with redirect_stdout(sys.stderr):
-            summary = _train_rank(recipe)
-    if _is_first_rank():
-        _show(summary, arguments.json)
-    return 0
+            result = _rank(recipe, work)
+    return (show(result) or 0) if _is_first_rank() else 0
 
 
-def _quieten() -> None:
+def quieten() -> None:
     """Libraries keep their news to themselves; whoever sets their variables, or -W, hears them."""
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
@@ -167,10 +229,9 @@ def _quieten() -> None:
         warnings.simplefilter("ignore")
 
 
-def _train_rank(recipe: Recipe) -> dict[str, Any]:
+def _rank(recipe: Recipe, work: Callable[[Recipe, Topology], dict[str, Any]]) -> dict[str, Any]:
     from distrib.topology import connect, read_environment
     from launch.console import show_notes
-    from launch.train import train
 
     show_notes()
     topology = read_environment()
@@ -187,7 +248,7 @@ def _train_rank(recipe: Recipe) -> dict[str, Any]:
         if topology.local_world > (devices := torch.cuda.device_count()):
             raise UserError(f"{topology.local_world} ranks on a machine with {devices} CUDA devices: start {devices}")
     store = connect(topology)
-    return run_ranked(lambda: train(recipe, topology), topology, store)
+    return run_ranked(lambda: work(recipe, topology), topology, store)
 
 
 def _is_first_rank() -> bool:
@@ -216,6 +277,68 @@ def _data(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _bench(arguments: argparse.Namespace) -> int:
+    recipe = _recipe(arguments)
+    if launched(os.environ):
+        raise UserError("bench starts its own ranks, and a launcher has started this one: call it alone, with nproc=N")
+    lengths = _whole_numbers("--lengths", arguments.lengths) if arguments.lengths else [recipe.max_length]
+    for flag in ("repeats", "steps"):
+        if getattr(arguments, flag) < 1:
+            raise UserError(f"--{flag} {getattr(arguments, flag)}: must be at least 1")
+    quieten()
+    from launch.bench import Options, bench
+    from launch.device import size_bytes
+    from launch.sides import default_sides, sides_of
+
+    options = Options(
+        sides=tuple(sides_of(arguments.strategies) if arguments.strategies else default_sides(recipe)),
+        lengths=tuple(lengths),
+        repeats=arguments.repeats,
+        steps=arguments.steps,
+        budget_bytes=size_bytes("--max-length", arguments.max_length) if arguments.max_length else None,
+    )
+    with redirect_stdout(sys.stderr):
+        result = bench(recipe, options, arguments.output, arguments.resume, arguments.said)
+    if arguments.json:
+        _show(result, as_json=True)
+    else:
+        from launch.pages.bench import bench_table
+
+        print(bench_table(result))
+    return 0 if any(row["status"] == "ok" for row in result["rows"]) else 1
+
+
+def _whole_numbers(flag: str, text: str) -> list[int]:
+    numbers = [int(part) if part.strip().isdecimal() else 0 for part in text.split(",")]
+    if min(numbers) < 1:
+        raise UserError(f"{flag} {text}: must be whole numbers divided by commas, such as 512,2048")
+    return numbers
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    from launch.device import device_of, split_words
+
+    words, arguments.overrides = split_words(arguments.overrides)
+    recipe = _recipe(arguments)
+    quieten()
+    from launch.plan import plan
+    from launch.plan_show import check_fit, show, write_fit
+
+    device = device_of(words, recipe.nproc)
+    if arguments.fit:
+        check_fit(arguments.fit)
+    with redirect_stdout(sys.stderr):
+        result = plan(recipe, device, arguments.strategies, arguments.engines)
+    if arguments.json:
+        _show(result, as_json=True)
+    else:
+        show(result)
+    if arguments.fit:
+        write_fit(arguments.fit, recipe, result)
+        print(f"written: {arguments.fit}", file=sys.stderr)
+    return 0
+
+
 def _strategies(arguments: argparse.Namespace) -> int:
     import dataclasses
     import inspect
@@ -240,14 +363,27 @@ def _strategies(arguments: argparse.Namespace) -> int:
 
 
 def _export(arguments: argparse.Namespace) -> int:
-    if not arguments.run.is_dir():
-        raise UserError(f"{arguments.run}: no such run folder; give the output_dir of a recipe that was trained")
+    run = _run_folder(arguments)
     from launch.export import export
 
     with redirect_stdout(sys.stderr):
-        result = export(arguments.run, arguments.output, arguments.merge)
+        result = export(run, arguments.output, arguments.merge)
     _show(result, arguments.json)
     return 0
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from launch.pages.run import write_pages
+
+    _show(write_pages(_run_folder(arguments)), arguments.json)
+    return 0
+
+
+def _run_folder(arguments: argparse.Namespace) -> Path:
+    run: Path = arguments.run
+    if not run.is_dir():
+        raise UserError(f"{run}: no such run folder; give the output_dir of a recipe that was trained")
+    return run
 
 
 def _recipe_command(arguments: argparse.Namespace) -> int:
@@ -279,9 +415,13 @@ def _show(result: dict[str, Any], as_json: bool) -> None:
 
 COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "train": _train,
+    "verify": _verify,
     "data": _data,
+    "plan": _plan,
+    "bench": _bench,
     "strategies": _strategies,
     "export": _export,
+    "report": _report,
     "recipe": _recipe_command,
 }
-WITH_RECIPE = ("train", "data", "recipe")
+WITH_RECIPE = ("train", "verify", "data", "plan", "bench", "recipe")

@@ -33,8 +33,8 @@ def _training(record: Record) -> list[str]:
     if None not in rates:
         processed, nonpad, learned = (f"{rate:,.0f}" for rate in rates)
         parts.append(f"tok/s {processed} (non-pad {nonpad}, loss {learned})")
-    if record.get("joules") is not None:
-        parts.append(f"{record['joules']:.1f} J")
+    if record.get("joules_per_token") is not None:
+        parts.append(f"J/tok {record['joules_per_token']:.3g}")
     return parts
 
 

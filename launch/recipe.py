@@ -132,6 +132,35 @@ class Optimizer(Section):
         return self
 
 
+class Profile(Section):
+    steps: Annotated[tuple[Count, Count], BeforeValidator(_pair)]
+    """First and last step that PyTorch's profiler traces, into `profile/` of the run."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> Profile:
+        if self.steps[0] > self.steps[1]:
+            raise UserError(f"profile.steps={list(self.steps)}: the first step must not come after the last")
+        return self
+
+
+class Energy(Section):
+    idle_s: NonNegative = 1.0
+    """Seconds before the run in which the idle power is measured, for net figures; 0 does not."""
+    grams_co2_per_kwh: Positive | None = None
+    """CO2 of a kWh where the run's electricity comes from, for the report; with `intensity_source`."""
+    intensity_source: Text | None = None
+    """Where that figure is from; the report repeats it."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> Energy:
+        if (self.grams_co2_per_kwh is None) != (self.intensity_source is None):
+            given, missing = "grams_co2_per_kwh", "intensity_source"
+            if self.grams_co2_per_kwh is None:
+                given, missing = missing, given
+            raise UserError(f"energy.{given}={getattr(self, given)!r} without energy.{missing}: give both")
+        return self
+
+
 _Objectives = Literal["sft", "dpo", "grpo"] | SFT | DPO | GRPO
 _SourceList = Annotated[list[Text | Source], Field(min_length=1)]
 _StrategyList = Annotated[list[Text | Strategy], Field(min_length=1)]
@@ -184,6 +213,8 @@ class Recipe(Section):
     """What is minimised."""
     strategy: _Strategies = [Strategy(name="plain")]
     """How gradients are computed; one strategy or a list."""
+    verify: bool = True
+    """Compares the gradients with plain autograd's on a few tokens before training starts."""
     engine: _Engine = Engine()
     """How the model is spread over ranks."""
     nproc: Count = 1
@@ -239,10 +270,18 @@ class Recipe(Section):
     """Checkpoints that are kept; null keeps all."""
     resume_from_checkpoint: bool | Text = True
     """`true` goes on where the output folder stopped, `false` does not; or a checkpoint's folder."""
+    profile: Profile | None = None
+    """Traces some steps, for example `{steps: [10, 12]}`."""
     report_to: Literal["none", "tensorboard"] = "none"
     """Where else the metrics go."""
+    energy: Energy = Energy()
+    """How joules are accounted for."""
     output_dir: Text = "runs/tiny"
     """The run's folder."""
+
+    def with_strategies(self, sections: list[dict[str, Any]]) -> Recipe:
+        """The same recipe with other strategies."""
+        return self.model_copy(update={"strategy": [Strategy(**section) for section in sections]})
 
     @model_validator(mode="after")
     def _fits(self) -> Recipe:

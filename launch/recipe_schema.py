@@ -154,6 +154,8 @@ def tables() -> str:
         ("`strategy`: a name, a section, or a list of them", "Strategy"),
         ("`engine`", "Engine"),
         ("`optimizer`", "Optimizer"),
+        ("`energy`", "Energy"),
+        ("`profile`", "Profile"),
     ):
         parts.append(f"### {title}\n\n{_table(root['$defs'][name], root, getattr(sections, name))}")
     return "\n".join(parts)
@@ -175,7 +177,7 @@ def _table(node: Node, root: Node, section: type[BaseModel]) -> str:
 def _written(default: Any) -> str:
     if isinstance(default, list):
         return ", ".join(_written(item) for item in default)
-    named = getattr(default, "name", default)
+    named = getattr(default, "name", {} if isinstance(default, BaseModel) else default)
     if isinstance(named, tuple):
         return str(list(named))
     return named if isinstance(named, str) else shown(named)

@@ -8,97 +8,93 @@ import os
 import platform
 import sys
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import asdict
 from functools import cache
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-import strategies
 from distrib import checkpoint
-from distrib.checkpoint import Progress, write_text
+from distrib.checkpoint import Progress
 from distrib.contracts import Engine
-from distrib.engines import Settings, make
-from distrib.engines import check as check_engine
+from distrib.energy import Meter, summed
 from distrib.errors import UserError
+from distrib.files import write_text
 from distrib.journal import read
 from distrib.loop import Loop, Plan, resume
-from distrib.optim import OptimizerSpec, Schedule
+from distrib.optim import Schedule
 from distrib.topology import Topology
+from launch.assemble import Parts
 from launch.console import Console
 from launch.data import Data, open_data
 from launch.evaluate import evaluator
 from launch.export import LOCK, write_folder
-from launch.models import Weights, build, check_vocabulary, load_config, refuse_packing
-from launch.objectives import make_objective
-from launch.recipe_file import dump_recipe, global_batch, load_recipe
+from launch.pages.run import summary, write_pages
+from launch.recipe_file import dump_recipe, load_recipe
 from launch.reference import annotator
-from launch.tokenizer import load_tokenizer
+from launch.verify import check_gradients
 
 if TYPE_CHECKING:
     from launch.recipe import Recipe
 
+JOULES_PER_KWH = 3.6e6
 # What may differ between the two halves of one run: the rest decides what a step computes.
 MAY_CHANGE = {
     "max_steps", "num_train_epochs", "nproc", "save_steps", "save_total_limit", "logging_steps", "eval_steps",
-    "eval_rows", "eval_samples", "eval_dataset", "report_to", "resume_from_checkpoint", "output_dir",
-    "per_device_train_batch_size", "gradient_accumulation_steps", "global_batch_size",
+    "profile", "eval_rows", "eval_samples", "eval_dataset", "report_to", "resume_from_checkpoint", "output_dir",
+    "per_device_train_batch_size", "gradient_accumulation_steps", "global_batch_size", "verify", "energy",
 }  # fmt: skip
 
 
 def train(recipe: Recipe, topology: Topology) -> dict[str, Any]:
     """Train, or go on where the run in `output_dir` stopped; returns what `report.json` holds."""
+    with closing(Meter(topology)) as meter:
+        return _train(recipe, topology, meter)
+
+
+def _train(recipe: Recipe, topology: Topology, meter: Meter) -> dict[str, Any]:
     run = Path(recipe.output_dir)
     _check_folder(run, recipe)
     if recipe.report_to == "tensorboard" and not find_spec("tensorboard"):
         raise UserError("report_to='tensorboard' needs the tensorboard package: pip install tensorboard")
     chosen_checkpoint = _chosen_checkpoint(recipe)
-    config = load_config(recipe)
-    check_engine(recipe.engine.name, _settings(recipe), topology)
-    chosen = strategies.build([section.model_dump() for section in recipe.strategy])
-    strategies.check(chosen, config, topology, recipe.compile)
-    if recipe.packing:
-        refuse_packing(config)
-    objective = make_objective(recipe)
-    tokenizer = load_tokenizer(recipe)
-    check_vocabulary(config, tokenizer)
-    size = global_batch(recipe, topology.world)
-    data = open_data(recipe, tokenizer, topology)
-    held_out = open_data(recipe, tokenizer, topology, evaluation=True) if recipe.eval_steps else None
-    plan = _plan(recipe, run, data, size)
+    parts = Parts.of(recipe, topology)
+    held_out = open_data(recipe, parts.tokenizer, topology, evaluation=True) if recipe.eval_steps else None
+    plan = _plan(recipe, run, parts.data, parts.global_batch)
 
-    model = build(recipe, config)
-    strategies.edit(model, chosen, topology)
-    weights = Weights(recipe, config, topology)
-    engine = make(recipe.engine.name, model, weights.fill, topology, _settings(recipe))
-    step = strategies.prepare(model, chosen, objective, engine)
+    meter.measure_idle(recipe.energy.idle_s)
+    step = parts.model()
+    engine = step.engine
     progress = resume(plan, engine, chosen_checkpoint)
 
     console = Console(plan.steps, progress.step) if topology.main else None
-    annotate = annotator(recipe, config, engine, step)
+    annotate = annotator(recipe, parts.config, engine, step)
     loop = Loop(
         plan,
         engine,
         step,
-        window=lambda start, stop: data.window(
+        window=lambda start, stop: parts.data.window(
             start, stop, topology.rank, topology.world, recipe.per_device_train_batch_size
         ),
-        weight=objective.weight,
+        weight=parts.objective.weight,
         annotate=annotate,
-        evaluate=evaluator(recipe, tokenizer, held_out, engine, step, objective, annotate),
+        evaluate=evaluator(recipe, parts.tokenizer, held_out, engine, step, parts.objective, annotate),
         report=_reporters(recipe, run, console),
+        meter=meter,
     )
     if progress.step < plan.steps:
-        loop.preflight(data.longest(recipe.per_device_train_batch_size))
+        loop.preflight(parts.data.longest(recipe.per_device_train_batch_size))
+        if recipe.verify:
+            check_gradients(parts, step, annotate)
         _claim(run, recipe, engine)
         progress = loop.run(progress)
     if console:
         console.close()
-    return _finish(recipe, config, run, engine, progress)
+    return _finish(recipe, parts.config, run, engine, progress)
 
 
 def _check_folder(run: Path, recipe: Recipe) -> None:
@@ -132,12 +128,6 @@ def _claim(run: Path, recipe: Recipe, engine: Engine) -> None:
     checkpoint.wait(engine)
 
 
-def _settings(recipe: Recipe) -> Settings:
-    spec = OptimizerSpec(**recipe.optimizer.model_dump(), weight_decay=recipe.weight_decay)
-    engine = recipe.engine
-    return Settings(spec, recipe.bf16, recipe.compile, engine.stage, engine.offload)
-
-
 def _plan(recipe: Recipe, run: Path, data: Data, size: int) -> Plan:
     rows = None
     if recipe.max_steps is None:
@@ -157,6 +147,7 @@ def _plan(recipe: Recipe, run: Path, data: Data, size: int) -> Plan:
         save_steps=recipe.save_steps,
         save_total_limit=recipe.save_total_limit,
         eval_steps=recipe.eval_steps,
+        profile_steps=recipe.profile.steps if recipe.profile else None,
     )
 
 
@@ -190,7 +181,7 @@ def _reporters(recipe: Recipe, run: Path, console: Console | None) -> Callable[[
 
 
 def _finish(recipe: Recipe, config: Any, run: Path, engine: Engine, progress: Progress) -> dict[str, Any]:
-    """Write `final/` and `report.json`, unless an earlier call has."""
+    """Write `final/`, `report.json` and its pages, unless an earlier call has."""
     report = run / "report.json"
     known = json.loads(report.read_text()) if report.exists() and (run / "final").exists() else {}
     # A rank that reads late would otherwise see what rank 0 is about to write.
@@ -208,20 +199,19 @@ def _finish(recipe: Recipe, config: Any, run: Path, engine: Engine, progress: Pr
         write_folder(recipe, config, state, run / "final")
         result = _summary(recipe, run, engine, progress)
         write_text(report, json.dumps(result, indent=1))
+        write_pages(run)
     checkpoint.wait(engine)
     return result
 
 
 def _summary(recipe: Recipe, run: Path, engine: Engine, progress: Progress) -> dict[str, Any]:
-    lines = read(run / "metrics.jsonl")
+    energy = _energy(recipe, run, progress)
     return {
         "final": str(run / "final"),
         **asdict(progress),
-        "loss_first": lines[0]["loss"],
-        "loss_last": lines[-1]["loss"],
-        "tokens_per_s": median(line["tokens_per_s"] for line in lines),
-        "peak_bytes": max(line["peak_bytes"] for line in lines),
-        "joules": None,
+        **summary(read(run / "metrics.jsonl")),
+        "joules": energy["joules"],
+        "energy": energy,
         "strategy": [strategy.name for strategy in recipe.strategy],
         "engine": engine.name,
         "world": engine.topology.world,
@@ -230,3 +220,19 @@ def _summary(recipe: Recipe, run: Path, engine: Engine, progress: Progress) -> d
         else platform.processor() or "cpu",
         "versions": {name: version(name) for name in ("torch", "transformers", "peft", "deepspeed")},
     }
+
+
+def _energy(recipe: Recipe, run: Path, progress: Progress) -> dict[str, Any]:
+    """The run's account, as far as its checkpoints have one, and what it emitted where the recipe says how clean
+    its electricity is."""
+    account = summed(read(run / "energy.jsonl"))
+    energy = account.as_dict()
+    if account.joules is not None and account.steps != progress.step:
+        energy["notes"] += (f"of {progress.step} steps, {account.steps} were measured",)
+    if (grams := recipe.energy.grams_co2_per_kwh) is not None:
+        energy |= {
+            "grams_co2": None if account.joules is None else account.joules / JOULES_PER_KWH * grams,
+            "grams_co2_per_kwh": grams,
+            "intensity_source": recipe.energy.intensity_source,
+        }
+    return energy

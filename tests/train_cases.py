@@ -23,7 +23,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import launch.assemble
 import launch.train
+import launch.verify
 from distrib import checkpoint, loop
 from distrib.contracts import Engine
 from distrib.engines import Settings, make
@@ -82,6 +84,7 @@ def recipe(run: Path, dataset: str, **changes: Any) -> Recipe:
         "max_steps": 4,
         "global_batch_size": 4,
         "output_dir": str(run),
+        "verify": False,
         **changes,
     }
     if fields.get("model_name_or_path", "tiny") == "tiny":
@@ -190,6 +193,10 @@ def train(made_from: Recipe, topology: Topology) -> dict[str, Any]:
     return launch.train.train(made_from, topology)
 
 
+def verify(made_from: Recipe, topology: Topology) -> dict[str, Any]:
+    return launch.verify.gradient_error(made_from, topology, 32)
+
+
 def train_and_keep(made_from: Recipe, topology: Topology) -> dict[str, Any]:
     """Every parameter of the trainer's model after its last step, whole, gathered by other means than
     export's; as numpy's arrays, which outlive this process."""
@@ -232,14 +239,14 @@ def stop_at(topology: Topology, step: int, rank: int = 0, number: int = signal.S
 
 
 def _at(step: int, act: Any) -> None:
-    one = loop.Loop._one
+    one = loop.Loop.one
 
     def acting(self: loop.Loop, progress: Any) -> Any:
         if progress.step == step:
             act()
         return one(self, progress)
 
-    loop.Loop._one = acting
+    loop.Loop.one = acting
 
 
 def kill_while_saving(topology: Topology, step: int) -> None:
@@ -334,8 +341,8 @@ def order(run: Path, rows: int) -> list[list[int]]:
 def weights_after_failure(made_from: Recipe, topology: Topology) -> tuple[str, bool]:
     """The error that a run ends with, and whether the weights it leaves in memory are finite."""
     engines: list[Engine] = []
-    make = launch.train.make
-    launch.train.make = lambda *args: engines.append(make(*args)) or engines[-1]  # type: ignore[func-returns-value]
+    make = launch.assemble.make
+    launch.assemble.make = lambda *args: engines.append(make(*args)) or engines[-1]  # type: ignore[func-returns-value]
     try:
         launch.train.train(made_from, topology)
     except Exception as error:

@@ -16,7 +16,9 @@ from torch import nn
 
 from distrib.checkpoint import Progress
 from distrib.contracts import Batch, Context, Result, Window
-from distrib.errors import Interrupted, NotFinite, UserError
+from distrib.energy import Account, Part, summed
+from distrib.energy.account import account
+from distrib.errors import Interrupted, NotFinite, OutOfMemory, UserError
 from distrib.loop import Loop, Plan, resume
 from distrib.optim import Schedule
 from distrib.topology import Topology
@@ -50,6 +52,24 @@ class FakeEngine:
         self.updates = int((folder / "updates").read_text())
 
 
+class FakeMeter:
+    """A hundred joules between two readings. `missing` is the share of the time that is not covered."""
+
+    def __init__(self, missing: float = 0.0) -> None:
+        self.readings = 0
+        self.missing = missing
+
+    def read(self) -> int:
+        self.readings += 1
+        return self.readings
+
+    def between(self, before: int, after: int, tokens: int, steps: int) -> Account:
+        seconds, joules = float(after - before), 100.0 * (after - before)
+        whole = 1 - self.missing
+        part = Part("gpu", "GPU-a", "node", (0,), True, "counter", seconds, joules, 10.0, whole, 0, None)
+        return account([part], seconds, tokens, steps, [])
+
+
 def plan(run: Path, **changes: Any) -> Plan:
     run.mkdir(exist_ok=True)
     known: dict[str, Any] = {
@@ -77,7 +97,9 @@ def rows(start: int, stop: int) -> Window:
 class Case:
     """A loop over numbered rows; `said` is what happened, in order."""
 
-    def __init__(self, made: Plan, loss: Any = lambda step: 1.0, weight: float = 5.0) -> None:
+    def __init__(
+        self, made: Plan, loss: Any = lambda step: 1.0, weight: float = 5.0, meter: FakeMeter | None = None
+    ) -> None:
         self.said: list[Any] = []
         self.plan = made
         self.engine: Any = FakeEngine(self.said)
@@ -96,6 +118,7 @@ class Case:
             annotate=lambda batches, context: self.said.append("annotate"),
             evaluate=lambda index: {"eval_loss": index / 2},
             report=lambda line: self.said.append(("report", line["step"])),
+            meter=meter or FakeMeter(),  # type: ignore[arg-type]
         )
 
     def run(self) -> Progress:
@@ -127,7 +150,6 @@ def test_every_row_comes_once_and_the_counts_add_up(tmp_path: Path) -> None:
     assert [line["ids"] for line in case.lines("samples")] == case.taken()
     assert [line["learning_rate"] for line in case.lines("metrics")] == [1.0, 0.75, 0.5, 0.25]
     assert [line["tokens"] for line in case.lines("metrics")] == [4, 8, 12, 14]
-    assert {line["joules"] for line in case.lines("metrics")} == {None}
 
 
 def test_no_clipping_is_said_as_none(tmp_path: Path) -> None:
@@ -141,6 +163,40 @@ def test_logging_now_and_then_never_leaves_out_the_last(tmp_path: Path) -> None:
     case.run()
     assert [line["step"] for line in case.lines("metrics")] == [2, 4, 5]
     assert [line["step"] for line in case.lines("samples")] == [1, 2, 3, 4, 5]
+
+
+def test_joules_of_a_line_are_since_the_line_before_and_accounts_since_the_checkpoint(tmp_path: Path) -> None:
+    case = Case(plan(tmp_path, steps=6, save_steps=3, logging_steps=2))
+    case.run()
+    # Readings: the start, the lines of steps 2, 4 and 6, the checkpoints of steps 3 and 6.
+    assert [line["joules"] for line in case.lines("metrics")] == [100.0, 200.0, 100.0]
+    assert [line["joules_per_token"] for line in case.lines("metrics")] == [100 / 8, 200 / 8, 100 / 8]
+    assert {line["energy_source"] for line in case.lines("metrics")} == {"counter"}
+    records = case.lines("energy")
+    assert [(record["step"], record["steps"], record["tokens"]) for record in records] == [(3, 3, 12), (6, 3, 12)]
+    assert [record["joules"] for record in records] == [200.0, 300.0]
+
+
+def test_a_line_whose_energy_is_known_in_part_has_none(tmp_path: Path) -> None:
+    case = Case(plan(tmp_path), meter=FakeMeter(missing=0.25))
+    case.run()
+    for line in case.lines("metrics"):
+        assert line["joules"] is line["joules_per_token"] is line["energy_source"] is None
+    assert [record["coverage"] for record in case.lines("energy")] == [0.75, 0.75]
+
+
+def test_a_run_that_goes_on_has_the_account_of_every_step_once(tmp_path: Path) -> None:
+    first = Case(plan(tmp_path, steps=8), loss=lambda step: math.nan if step == 5 else 1.0)
+    with pytest.raises(NotFinite):
+        first.run()
+    Case(plan(tmp_path, steps=8)).run()
+    records = first.lines("energy")
+    assert [record["step"] for record in records] == [2, 4, 6, 8]
+    total = summed(records)
+    assert (total.steps, total.tokens) == (8, 32)
+    assert total.joules == sum(record["joules"] for record in records)
+    # Four checkpoints, three readings up to each; the fifth step's, made twice, are counted once.
+    assert total.joules == 100 * 4 * 3
 
 
 def test_evaluations_are_journalled_beside(tmp_path: Path) -> None:
@@ -160,6 +216,21 @@ def test_going_on_takes_the_rows_after_the_checkpoint(tmp_path: Path) -> None:
     assert second.taken() == [[8, 9, 10, 11], [12, 13, 14, 15]]
     assert second.engine.updates == 4
     assert [line["step"] for line in second.lines("samples")] == [1, 2, 3, 4]
+
+
+def test_events_are_journalled_and_those_of_steps_trained_again_are_dropped(tmp_path: Path) -> None:
+    def events() -> list[tuple[Any, ...]]:
+        return [(line["step"], line["event"], line["detail"]) for line in case.lines("events")]
+
+    case = Case(plan(tmp_path), loss=lambda step: math.nan if step == 3 else 1.0)
+    with pytest.raises(NotFinite):
+        case.run()
+    start = (0, "start", "ddp, world 1")
+    assert events() == [start, (3, "stop", "step 4: the loss is nan; the newest checkpoint is untouched")]
+    case = Case(plan(tmp_path))
+    case.run()
+    assert events() == [start, (2, "resume", "ddp, world 1"), (4, "finish", None)]
+    assert 0 < case.lines("metrics")[-1]["time"] <= case.lines("events")[-1]["time"]
 
 
 def test_a_batch_without_loss_tokens_stops_before_the_step(tmp_path: Path) -> None:
@@ -182,6 +253,8 @@ def test_a_signal_ends_the_step_saves_and_gives_the_handlers_back(tmp_path: Path
         case.run()
     assert [signal.getsignal(kind) for kind in (signal.SIGTERM, signal.SIGINT)] == before
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-2"]
+    (stop,) = [line for line in case.lines("events") if line["event"] == "stop"]
+    assert (stop["step"], stop["detail"]) == (2, "stopped after step 2; the same command goes on from there")
 
 
 def test_sigterm_may_come_twice_and_a_second_ctrl_c_ends_at_once(tmp_path: Path) -> None:
@@ -213,3 +286,45 @@ def test_resuming_with_another_batch_or_engine_is_refused_before_it_loads(tmp_pa
     with pytest.raises(UserError, match=r"engine.name='zero': .* was written by 'ddp'"):
         other.run()
     assert other.engine.updates == 0
+
+
+def test_the_steps_asked_for_are_traced(tmp_path: Path) -> None:
+    Case(plan(tmp_path, profile_steps=(2, 3))).run()
+    (path,) = (tmp_path / "profile").iterdir()
+    assert path.name == "steps-2-3-rank-0.json"
+    assert json.loads(path.read_text())["traceEvents"]
+
+
+def test_a_run_that_goes_on_within_the_traced_steps_traces_the_rest(tmp_path: Path) -> None:
+    Case(plan(tmp_path, steps=2)).run()
+    Case(plan(tmp_path, profile_steps=(1, 3))).run()
+    assert [path.name for path in (tmp_path / "profile").iterdir()] == ["steps-3-3-rank-0.json"]
+
+
+def test_a_trace_that_a_stop_cuts_off_is_written_with_what_it_has(tmp_path: Path) -> None:
+    def stop(step: int) -> float:
+        return math.nan if step == 2 else 1.0
+
+    with pytest.raises(NotFinite):
+        Case(plan(tmp_path, profile_steps=(1, 4)), loss=stop).run()
+    assert [path.name for path in (tmp_path / "profile").iterdir()] == ["steps-1-2-rank-0.json"]
+
+
+def test_memory_that_runs_out_in_a_step_is_one_line_and_updates_nothing(tmp_path: Path) -> None:
+    def full(step: int) -> float:
+        if step == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore")
+        return 1.0
+
+    case = Case(plan(tmp_path), loss=full)
+    with pytest.raises(OutOfMemory, match=r"^out of memory in step 2 \(CUDA .* 2 GiB.\); lower max_length .* engine$"):
+        case.run()
+    assert case.engine.updates == 1
+
+
+def test_other_errors_of_a_step_are_left_as_they_are(tmp_path: Path) -> None:
+    def broken(step: int) -> float:
+        raise RuntimeError("shapes")
+
+    with pytest.raises(RuntimeError, match=r"^shapes$"):
+        Case(plan(tmp_path), loss=broken).run()

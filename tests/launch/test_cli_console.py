@@ -10,7 +10,7 @@ from launch.console import Console, line
 RECORD: dict[str, Any] = {
     "step": 7, "loss": 5.43211, "grad_norm": 1.2345, "learning_rate": 0.0002, "tokens": 9, "nonpad_tokens": 8,
     "loss_tokens": 7, "tokens_per_s": 12345.6, "nonpad_tokens_per_s": 12000.4, "loss_tokens_per_s": 9000.0,
-    "peak_bytes": 3 * 2**29, "joules": None, "time": 1.0,
+    "peak_bytes": 3 * 2**29, "joules": None, "joules_per_token": None, "energy_source": None, "time": 1.0,
 }  # fmt: skip
 
 
@@ -27,8 +27,9 @@ def test_a_training_line() -> None:
 
 
 def test_energy_is_shown_only_when_it_was_measured() -> None:
-    assert line({**RECORD, "joules": 12.34}, 7).endswith("  12.3 J")
-    assert "J" not in line(RECORD, 7)
+    measured = {"joules": 12.34, "joules_per_token": 0.012345, "energy_source": "counter"}
+    assert line({**RECORD, **measured}, 7).endswith("  J/tok 0.0123")
+    assert "J/tok" not in line(RECORD, 7)
     assert "mem" not in line({**RECORD, "peak_bytes": None}, 7)
 
 

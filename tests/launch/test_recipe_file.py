@@ -12,7 +12,7 @@ import yaml
 
 from distrib.errors import Refused, UserError
 from launch import recipe_schema
-from launch.recipe import DPO, GRPO, Engine, Optimizer, Recipe, Source
+from launch.recipe import DPO, GRPO, Energy, Engine, Optimizer, Recipe, Source
 from launch.recipe_file import dump_recipe, global_batch, load_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -158,6 +158,10 @@ def test_traps_of_yaml_are_refused_with_their_line(tmp_path: Path, text: str | b
         ("strategy: [plain, plain]", "plain is listed twice"),
         ("optimizer: {name: adamw, momentum: 0.9}", "optimizer.momentum=0.9 with adamw"),
         ("optimizer: {name: sgd, betas: [0.5, 0.5]}", "optimizer.betas=[0.5, 0.5] with sgd"),
+        ("energy: {grams_co2_per_kwh: 4}", "energy.grams_co2_per_kwh=4.0 without energy.intensity_source: give both"),
+        ("energy: {intensity_source: x}", "energy.intensity_source='x' without energy.grams_co2_per_kwh: give both"),
+        ("energy: {idle_s: -1}", "energy.idle_s=-1: must be a number >= 0"),
+        ("energy: {idle: 1}", "unknown key 'energy.idle', did you mean idle_s?"),
     ],
 )  # fmt: skip
 def test_a_wrong_recipe_is_one_line_with_the_key_the_value_and_the_choices(
@@ -211,6 +215,7 @@ def test_a_path_that_is_no_file_is_one_line(tmp_path: Path, kind: str) -> None:
         (["strategy.chunk=5", "strategy.name=other"], {"strategy": [{"name": "other", "chunk": 5}]}),
         (["strategy.0.chunk=5"], {"strategy": [{"name": "plain", "chunk": 5}]}),
         (["optimizer=sgd", "optimizer.eps=1"], {"optimizer": Optimizer(name="sgd", eps=1).model_dump()}),
+        (["energy.idle_s=0"], {"energy": Energy(idle_s=0).model_dump()}),
         (["config_overrides={}", "config_overrides.a.b=1e6"], {"config_overrides": {"a": {"b": 1e6}}}),
     ],
 )  # fmt: skip

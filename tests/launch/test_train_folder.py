@@ -38,12 +38,15 @@ def test_a_run_leaves_what_it_promises(finished: Any) -> None:
         "samples.jsonl",
         "checkpoints",
         "final",
+        "events.jsonl",
         "report.json",
+        "report.md",
+        "report.html",
     }
     for line in lines(folder):
         assert line.keys() >= {"step", "loss", "grad_norm", "learning_rate", "tokens", "loss_tokens"}
-        assert line.keys() >= {"tokens_per_s", "peak_bytes", "joules", "time"}
-        assert line["joules"] is None
+        assert line.keys() >= {"tokens_per_s", "peak_bytes", "joules", "joules_per_token", "energy_source", "time"}
+        assert line["joules"] is None or line["joules"] > 0
         assert line["peak_bytes"] > 2**20
 
 

@@ -233,7 +233,7 @@ def test_packing_is_refused_for_layers_with_a_state_before_anything_is_built(
 
     AutoConfig.for_model(family, **SMALL, **RECURRENT[family]).save_pretrained(tmp_path / "model")
     byte_tokenizer().save_pretrained(tmp_path / "model")
-    monkeypatch.setattr("launch.train.build", lambda *_: pytest.fail("a model was built"))
+    monkeypatch.setattr("launch.assemble.build", lambda *_: pytest.fail("a model was built"))
     made = recipe(tmp_path / "run", dataset, model_name_or_path=str(tmp_path / "model"), init="random", packing=True)
     with pytest.raises(Refused, match=r"packing=true: the .* layers of .*Config carry a state"):
         train(made, Topology())

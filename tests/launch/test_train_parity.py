@@ -134,7 +134,7 @@ def test_every_optimizer_updates_as_torch_does(tmp_path: Path, dataset: str, mod
 def test_an_optimizer_that_an_engine_cannot_run_is_refused_before_anything_is_built(
     tmp_path: Path, dataset: str, name: str, engine: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("launch.train.build", lambda *_: pytest.fail("a model was built"))
+    monkeypatch.setattr("launch.assemble.build", lambda *_: pytest.fail("a model was built"))
     made = recipe(tmp_path / "run", dataset, optimizer=name, engine=ENGINES[engine])
     with pytest.raises(Refused, match=f"optimizer.name='{name}' .*: choose|optimizer.name='{name}' .*; choose"):
         train(made, Topology())
