@@ -8,7 +8,7 @@ time is from the end of one step to the end of the next, everything that either 
 are left out. Peak memory is the kernel's high-water mark on a CPU, the allocator's on a GPU, from the start of
 training; it is given above weights and gradients with and without the two optimizer states, which both loops hold
 alike. MFU counts the products of the weights that are really made (a frozen weight has no gradient of its own) and
-causal attention; it needs a GPU whose peak is in `PEAK_FLOPS`.
+causal attention; it needs a GPU whose peak is that `launch/flops.py` lists.
 """
 
 from __future__ import annotations
@@ -31,7 +31,6 @@ from distrib.meters import Memory
 
 ROOT = Path(__file__).resolve().parent.parent
 WARM_UP_STEPS = 2
-PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
 LLAMA_8B = {
     "hidden_size": 4096,
     "intermediate_size": 14336,
@@ -162,17 +161,11 @@ def figures(
 def mfu(options: argparse.Namespace, model: Any, tokens_per_s: float) -> float | None:
     import torch
 
-    name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
-    peak = next((value for key, value in PEAK_FLOPS.items() if key in name), None)
-    if peak is None:
-        return None
-    config = model.config
-    linears = [m.weight for m in model.modules() if isinstance(m, torch.nn.Linear)]
-    products = sum((6 if weight.requires_grad else 4) * weight.numel() for weight in linears)
-    # Two products of half a T x T square forward, twice that backward.
-    heads = config.num_attention_heads * config.head_dim * config.num_hidden_layers
-    attention = 6 * heads * options.length
-    return tokens_per_s * (products + attention) / peak
+    from launch.flops import peak_flops, training_flops
+
+    peak = peak_flops(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
+    flops = training_flops(model, model.config, [options.length])
+    return None if peak is None or flops is None else tokens_per_s * flops / options.length / peak
 
 
 def run_ebbtide(options: argparse.Namespace) -> dict[str, Any]:

@@ -14,7 +14,6 @@ from __future__ import annotations
 import gc
 import json
 import os
-import resource
 import signal
 import subprocess
 import sys
@@ -25,7 +24,7 @@ from typing import Any
 
 from sides import Case, build, trainer
 
-from distrib.meters import EXACT_MALLOC, Memory
+from distrib.meters import EXACT_MALLOC, Memory, spare_the_machine
 from distrib.topology import Topology
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -37,7 +36,7 @@ def main() -> None:
     from distrib.errors import UserError
 
     case = Case(**json.loads(sys.argv[1]))
-    _spare_the_machine()
+    spare_the_machine()
     try:
         row = {"status": "ok"} | (measure_fake if case.fake else measure)(case)
     except UserError as error:
@@ -61,15 +60,6 @@ def in_fresh_process(case: Case, exact: bool = True) -> dict[str, Any]:
     if done.returncode:
         sys.exit(f"{case.side} at {case.length} tokens failed:\n{done.stderr[-3000:]}")
     return dict(json.loads(done.stdout.splitlines()[-1]))
-
-
-def _spare_the_machine() -> None:
-    """A row that does not fit ends itself, not its neighbours."""
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    free_bytes = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    _, most = resource.getrlimit(resource.RLIMIT_DATA)
-    resource.setrlimit(resource.RLIMIT_DATA, (free_bytes, most))
-    Path("/proc/self/oom_score_adj").write_text("1000")
 
 
 def measure(case: Case) -> dict[str, Any]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import resource
+from contextlib import suppress
 from pathlib import Path
 
 from distrib.topology import Topology
@@ -12,6 +14,7 @@ EXACT_MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(2**18), "MALLOC_ARENA_MAX": "1"}
 """Set before a process starts, it makes the C library give freed blocks back at once: what is resident is what is live,
 and every block costs its page faults again."""
 
+MEMINFO = Path("/proc/meminfo")
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
@@ -32,6 +35,25 @@ def forget_peak(topology: Topology) -> None:
         torch.cuda.reset_peak_memory_stats(topology.device)
     else:
         _reset()
+
+
+def free_bytes() -> int | None:
+    """Of the host's memory, less what others use; None where the kernel does not tell."""
+    try:
+        lines = MEMINFO.read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
+
+
+def spare_the_machine() -> None:
+    """From here on, a process that needs more than there is ends itself, not its neighbours."""
+    if (free := free_bytes()) is None:
+        return
+    _, most = resource.getrlimit(resource.RLIMIT_DATA)
+    with suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_DATA, (free, most))
+        Path("/proc/self/oom_score_adj").write_text("1000")
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import strategies
+from distrib.contracts import Window
 from distrib.engines import check as check_engine
 from distrib.engines import make
 from distrib.topology import Topology
@@ -76,6 +77,11 @@ class Parts:
         if baseline:
             return sides.prepare(baseline, model, self.objective, engine)
         return strategies.prepare(model, self.chosen, self.objective, engine)
+
+    def window(self, start: int, stop: int) -> Window:
+        """This rank's share of the rows [start, stop)."""
+        rank, world = self.topology.rank, self.topology.world
+        return self.data.window(start, stop, rank, world, self.recipe.per_device_train_batch_size)
 
 
 def described(parts: Parts) -> dict[str, Any]:

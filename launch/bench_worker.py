@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import sys
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -46,6 +44,7 @@ class Job:
 
 
 def main() -> None:
+    from distrib.meters import spare_the_machine
     from distrib.topology import connect, read_environment
     from launch.cli import quieten
     from launch.rank import follow_supervisor
@@ -56,7 +55,7 @@ def main() -> None:
     topology = read_environment()
     connect(topology)
     if topology.device_type == "cpu":
-        _spare_the_machine()
+        spare_the_machine()
     try:
         answer = {"status": "ok"} | MEASURES[job.kind](job, topology)
     except Exception as error:
@@ -87,16 +86,6 @@ def failure(error: BaseException) -> Answer:
         return {"status": "refused", "why": text}
     traceback.print_exception(error)
     return {"status": "failed", "why": f"{type(error).__name__}: {text}"}
-
-
-def _spare_the_machine() -> None:
-    """What does not fit ends itself, not its neighbours."""
-    with suppress(OSError, ValueError, StopIteration):
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        free_bytes = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-        _, most = resource.getrlimit(resource.RLIMIT_DATA)
-        resource.setrlimit(resource.RLIMIT_DATA, (free_bytes, most))
-        Path("/proc/self/oom_score_adj").write_text("1000")
 
 
 def prepare(job: Job, topology: Topology) -> tuple[Parts, Loop, Memory]:
@@ -136,9 +125,7 @@ def prepare(job: Job, topology: Topology) -> tuple[Parts, Loop, Memory]:
         plan,
         engine,
         step,
-        window=lambda start, stop: parts.data.window(
-            start, stop, topology.rank, topology.world, recipe.per_device_train_batch_size
-        ),
+        window=parts.window,
         weight=parts.objective.weight,
         annotate=annotator(recipe, parts.config, engine, step),
         evaluate=lambda index: {},

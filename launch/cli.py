@@ -290,8 +290,11 @@ def _bench(arguments: argparse.Namespace) -> int:
     from launch.device import size_bytes
     from launch.sides import default_sides, sides_of
 
+    sides = sides_of(arguments.strategies) if arguments.strategies else default_sides(recipe)
+    _refuse_twice("--strategies", sides)
+    _refuse_twice("--lengths", lengths)
     options = Options(
-        sides=tuple(sides_of(arguments.strategies) if arguments.strategies else default_sides(recipe)),
+        sides=tuple(sides),
         lengths=tuple(lengths),
         repeats=arguments.repeats,
         steps=arguments.steps,
@@ -306,6 +309,11 @@ def _bench(arguments: argparse.Namespace) -> int:
 
         print(bench_table(result))
     return 0 if any(row["status"] == "ok" for row in result["rows"]) else 1
+
+
+def _refuse_twice(flag: str, items: Sequence[str | int]) -> None:
+    if twice := [item for item in items if items.count(item) > 1]:
+        raise UserError(f"{flag}: {twice[0]} is listed twice; name each once")
 
 
 def _whole_numbers(flag: str, text: str) -> list[int]:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from distrib.errors import UserError, choose
+from distrib.meters import free_bytes
 from launch.recipe_file import pairs
 
 WORDS = {
@@ -79,12 +79,10 @@ def _of_this_machine(kind: str | None, count: int, flops: float | None) -> Devic
 
 
 def _free_bytes() -> int:
-    """Of the host, less what others use."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        raise UserError("this machine's free memory is not known: give device.memory=16GiB device.type=cpu") from None
+    free = free_bytes()
+    if free is None:
+        raise UserError("this machine's free memory is not known: give device.memory=16GiB device.type=cpu")
+    return free
 
 
 def _count(text: str) -> int:

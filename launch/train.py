@@ -77,9 +77,7 @@ def _train(recipe: Recipe, topology: Topology, meter: Meter) -> dict[str, Any]:
         plan,
         engine,
         step,
-        window=lambda start, stop: parts.data.window(
-            start, stop, topology.rank, topology.world, recipe.per_device_train_batch_size
-        ),
+        window=parts.window,
         weight=parts.objective.weight,
         annotate=annotate,
         evaluate=evaluator(recipe, parts.tokenizer, held_out, engine, step, parts.objective, annotate),

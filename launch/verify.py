@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from distrib.contracts import Batch, Context, evaluating
 from distrib.errors import UserError, WrongGradients
-from distrib.meters import forget_peak, peak_bytes
+from distrib.meters import forget_peak, free_bytes, peak_bytes
 from distrib.topology import Topology
 from launch.assemble import Parts
 from launch.data.short import short_rows
@@ -95,12 +95,8 @@ def _needed_bytes(parts: Parts) -> int:
 def _free_bytes(topology: Topology) -> int | None:
     if topology.device_type == "cuda":
         return int(torch.cuda.mem_get_info(topology.device)[0])
-    try:
-        with open("/proc/meminfo") as file:
-            (line,) = [line for line in file if line.startswith("MemAvailable:")]
-    except (OSError, ValueError):
-        return None
-    return int(line.split()[1]) * 1024 // topology.local_world
+    free = free_bytes()
+    return None if free is None else free // topology.local_world
 
 
 def check_gradients(parts: Parts, step: Prepared, annotate: Annotate) -> None:

@@ -103,6 +103,8 @@ def test_help_lists_only_commands_that_work() -> None:
         (["bench", TINY, "--lengths=64,x"], "--lengths 64,x: must be whole numbers divided by commas"),
         (["bench", TINY, "--max-length", "big"], "--max-length='big': a number above 0 with one of"),
         (["bench", TINY, "--strategies", "plian"], "strategy.name='plian': choose"),
+        (["bench", TINY, "--strategies", "plain,gc,plain"], "--strategies: plain is listed twice"),
+        (["bench", TINY, "--lengths", "64,64"], "--lengths: 64 is listed twice"),
         (["bench", TINY, "--resume"], "--resume: there is no"),
         (["bench", TINY, "--reume"], "unknown argument --reume, did you mean --resume?"),
         (["bench", TINY, "--max_length", "0"], "max_length=0: must be a whole number > 0"),
