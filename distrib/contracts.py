@@ -43,7 +43,7 @@ class Context:
 @dataclass(frozen=True)
 class Result:
     """What a step did. `loss` is this rank's share of (objective summed over the global batch) / W; the sum over
-    ranks is the loss. `tokens` counts the positions this rank processed, padding included."""
+    data-parallel ranks is the loss. `tokens` counts the positions this rank processed, padding included."""
 
     loss: Tensor
     tokens: int
@@ -95,7 +95,8 @@ class Engine(Protocol):
     def backward(self, loss: Tensor) -> None: ...
 
     def gradients(self) -> Iterator[tuple[str, Tensor, str]]:
-        """(name, this rank's shard of the gradient, "shard" or "replicate") of every trainable parameter."""
+        """(name, this rank's shard of the gradient, placement) of every trainable parameter. The placement says who
+        else has it: no other rank ("shard"), its tensor-parallel group ("tensor"), every rank ("replicate")."""
         ...
 
     def step(self, learning_rate: float, max_grad_norm: float | None) -> float:

@@ -286,7 +286,7 @@ class Loop:
 
     def _totals(self, window: Window) -> Totals:
         """One exchange before the first backward: W, the counts, the sample ids, and whether anyone should stop."""
-        room = -(-self.plan.global_batch // self.topology.world)
+        room = -(-self.plan.global_batch // self.topology.data_world)
         mine = torch.full((5 + room,), -1.0, dtype=torch.float64)
         weight = sum(self.weight(batch) for batch in window.micro_batches)
         counts = [weight, window.tokens, window.nonpad_tokens, window.loss_tokens, float(self._stop)]
@@ -296,16 +296,19 @@ class Loop:
             dist.all_gather(everyone, mine)
         else:
             everyone = [mine]
-        rows = torch.stack(everyone)
-        weight, tokens, nonpad, learned, stop = rows[:, :5].sum(0).tolist()
+        stop = any(row[4] > 0 for row in everyone)
+        # A tensor-parallel group has the same rows.
+        rows = torch.stack(everyone[:: self.topology.tensor])
+        weight, tokens, nonpad, learned = rows[:, :4].sum(0).tolist()
         ids = [int(number) for number in rows[:, 5:].flatten().tolist() if number >= 0]
-        return Totals(weight, int(tokens), int(nonpad), int(learned), stop > 0, ids)
+        return Totals(weight, int(tokens), int(nonpad), int(learned), stop, ids)
 
     def _sum(self, value: torch.Tensor) -> float:
+        """Over the data-parallel ranks."""
         value = value.detach().double().cpu()
         if self.topology.world > 1:
             dist.all_reduce(value)
-        return value.item()
+        return value.item() / self.topology.tensor
 
     def most(self, value: int | None) -> int | None:
         """Of all ranks; None where no rank knows."""

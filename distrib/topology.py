@@ -22,11 +22,22 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Topology:
+    """`tensor` adjacent ranks hold a model's layers together and see the same rows; such groups are data-parallel."""
+
     rank: int = 0
     world: int = 1
     local_rank: int = 0
     local_world: int = 1
     device_type: str = "cpu"
+    tensor: int = 1
+
+    @property
+    def data_rank(self) -> int:
+        return self.rank // self.tensor
+
+    @property
+    def data_world(self) -> int:
+        return self.world // self.tensor
 
     @property
     def device(self) -> torch.device:

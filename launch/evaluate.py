@@ -63,7 +63,7 @@ def _total(
     """(objective, weight) over all rows and ranks."""
     assert data.rows is not None
     topology = engine.topology
-    window = data.window(0, data.rows, topology.rank, topology.world, size)
+    window = data.window(0, data.rows, topology.data_rank, topology.data_world, size)
     total = torch.zeros(2, dtype=torch.float64)
     for cpu_batch in window.micro_batches:
         batch: Batch = {name: tensor.to(topology.device) for name, tensor in cpu_batch.items()}
@@ -74,7 +74,7 @@ def _total(
         total += torch.tensor([float(objective(stats, batch)), objective.weight(batch)], dtype=torch.float64)
     if topology.world > 1:
         dist.all_reduce(total)
-    loss, weight = total.tolist()
+    loss, weight = (total / topology.tensor).tolist()
     return loss, weight
 
 

@@ -90,6 +90,10 @@ class GRPO(Section):
     """Range in which the probability ratio is not clipped."""
 
 
+ENGINE_KEYS = {"offload": "zero", "stage": "zero", "tensor_parallel": "fsdp2"}
+"""Keys of one engine, and which."""
+
+
 class Engine(Section):
     name: Literal["ddp", "fsdp2", "zero"] = "ddp"
     """`ddp` keeps a copy a rank, `fsdp2` shards everything, `zero` is DeepSpeed's."""
@@ -97,11 +101,14 @@ class Engine(Section):
     """`zero` only: shards the optimizer (1), gradients (2), weights (3)."""
     offload: bool = False
     """`zero` only: keeps the optimizer in the host's memory."""
+    tensor_parallel: Annotated[int, Field(ge=1), BeforeValidator(_whole)] = 1
+    """`fsdp2` only: ranks that share each layer's weights and each sequence; such groups are data-parallel."""
 
     @model_validator(mode="after")
     def _fits(self) -> Engine:
-        if self.name != "zero" and (foreign := sorted({"stage", "offload"} & self.model_fields_set)):
-            raise Refused(f"engine.{foreign[0]} is a key of zero, not of {self.name}: set engine.name=zero")
+        for key, owner in ENGINE_KEYS.items():
+            if key in self.model_fields_set and self.name != owner:
+                raise Refused(f"engine.{key} is a key of {owner}, not of {self.name}: set engine.name={owner}")
         return self
 
 

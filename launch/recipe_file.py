@@ -12,7 +12,7 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
 from distrib.errors import UserError
-from launch.recipe import Recipe, Source
+from launch.recipe import ENGINE_KEYS, Recipe, Source
 from launch.recipe_schema import explain, shown
 from launch.strict_yaml import LONGEST_CHARACTERS, dump, parse
 
@@ -43,8 +43,8 @@ def load_recipe(path: str, overrides: Sequence[str] = ()) -> Recipe:
 
 def dump_recipe(recipe: Recipe) -> str:
     """Every key of the recipe as YAML that loads back to the same one."""
-    foreign = {} if recipe.engine.name == "zero" else {"engine": {"stage", "offload"}}
-    return dump(recipe.model_dump(mode="json", exclude=foreign))
+    foreign = {key for key, owner in ENGINE_KEYS.items() if owner != recipe.engine.name}
+    return dump(recipe.model_dump(mode="json", exclude={"engine": foreign}))
 
 
 def global_batch(recipe: Recipe, world: int) -> int:

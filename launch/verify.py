@@ -139,18 +139,19 @@ def _batches(parts: Parts, length: int) -> tuple[list[Batch], int]:
     recipe, topology = parts.recipe, parts.topology
     size = min(recipe.per_device_train_batch_size, ROWS)
     share = MICRO_BATCHES * size
-    rows = short_rows(parts.data, share * topology.world, length)
-    own = rows[topology.rank * share :][:share]
+    rows = short_rows(parts.data, share * topology.data_world, length)
+    own = rows[topology.data_rank * share :][:share]
     made = [parts.data.layout.batch(own[start : start + size]) for start in range(0, share, size)]
     lines = [sum(len(s.tokens) for s in row) if recipe.packing else max(len(s.tokens) for s in row) for row in rows]
     return [{name: tensor.to(topology.device) for name, tensor in batch.items()} for batch in made], max(lines)
 
 
 def over_ranks(topology: Topology, value: float | Tensor) -> float:
+    """The sum over the data-parallel ranks."""
     total = torch.tensor(float(value), dtype=torch.float64)
     if topology.world > 1:
         dist.all_reduce(total)
-    return float(total)
+    return float(total) / topology.tensor
 
 
 def _in_chunks(strategy: Strategy, width: int) -> Strategy:

@@ -12,3 +12,5 @@ class Plain(Strategy):
     It is what the other strategies are measured against. Fastest where memory allows; wrong to use where the
     activations of one micro-batch do not fit.
     """
+
+    tensor_parallel = True

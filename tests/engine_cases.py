@@ -111,5 +111,5 @@ def gradients(
     """One step over the micro-batches of this rank."""
     engine, step = make_engine(topology, made_from, dtype, strategy)
     weight = sum(float((batch["labels"] != IGNORE).sum()) for batches in per_rank for batch in batches)
-    step(per_rank[topology.rank], Context(seed=0, step=0, weight=weight))
+    step(per_rank[topology.data_rank], Context(seed=0, step=0, weight=weight))
     return gathered(engine)

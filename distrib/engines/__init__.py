@@ -42,10 +42,22 @@ def check(name: str, settings: Settings, topology: Topology) -> None:
                 "optimizer.name='adagrad' with engine.name='zero': DeepSpeed cannot take its groups; choose "
                 "adamw, or engine ddp or fsdp2"
             )
+    if topology.tensor > 1:
+        _check_tensor(name, settings, topology)
     if settings.compile and name == "zero":
         raise Refused("compile=true with engine.name='zero': choose ddp or fsdp2, or compile=false")
     if settings.compile:
         _check_compiler(topology.device_type)
+
+
+def _check_tensor(name: str, settings: Settings, topology: Topology) -> None:
+    asked = f"engine.tensor_parallel={topology.tensor}"
+    if name != "fsdp2":
+        raise Refused(f"{asked} with engine.name={name!r}: set engine.name=fsdp2")
+    if topology.world % topology.tensor:
+        raise Refused(f"{asked} with a world of {topology.world}: start a multiple of {topology.tensor} ranks")
+    if settings.compile:
+        raise Refused(f"compile=true with {asked}: set compile=false")
 
 
 def _check_compiler(device_type: str) -> None:

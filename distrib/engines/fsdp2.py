@@ -1,4 +1,5 @@
-"""FSDP2: parameters, gradients and optimizer states sharded over ranks, one unit gathered at a time.
+"""FSDP2: parameters, gradients and optimizer states sharded over ranks, one unit gathered at a time; under tensor
+parallelism over the data-parallel ranks, what is left of a unit after it is split.
 
 bf16: fp32 shards are the master weights; they are gathered in bf16 and their gradients reduced in fp32.
 """
@@ -14,6 +15,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from distrib.engines import Fill
+from distrib.engines.tensor_parallel import TensorParallel
 from distrib.engines.torch_engine import TorchEngine
 from distrib.topology import ensure_group
 from distrib.units import blocks, units
@@ -25,13 +27,20 @@ class FSDP2(TorchEngine):
     def _place(self, fill: Fill) -> nn.Module:
         ensure_group(self.topology)
         self._frozen = any(not parameter.requires_grad for parameter in self.model.parameters())
-        self._mesh = init_device_mesh(self.topology.device_type, (self.topology.world,), mesh_dim_names=("data",))
+        sizes = {"data": self.topology.data_world}
+        if self.topology.tensor > 1:
+            sizes["tensor"] = self.topology.tensor
+        mesh = init_device_mesh(self.topology.device_type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
+        self._mesh = mesh["data"]
+        self._parallel = TensorParallel(self.model, mesh["tensor"]) if "tensor" in sizes else None
         names = {name for name, _ in blocks(self.model)}
         ends = _ends(self.model)
         for name, unit in units(self.model):
             fill(self.model, name)
             unit.to(self.topology.device)
             if name in names:
+                if self._parallel:
+                    self._parallel.split(name, unit)
                 self._shard(unit)
         for end in ends:
             self._shard(end)
@@ -60,6 +69,8 @@ class FSDP2(TorchEngine):
         self.model.set_requires_gradient_sync(last or not self._frozen)
         self.model.set_is_last_backward(last)
         yield
+        if last and self._parallel:
+            self._parallel.sum_gradients(self.model)
 
 
 def _ends(model: nn.Module) -> list[nn.Module | list[nn.Module]]:

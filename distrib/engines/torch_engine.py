@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate
 
 from distrib.engines import Fill, Settings
 from distrib.errors import NotFinite, UserError
@@ -56,19 +56,21 @@ class TorchEngine:
             if parameter.requires_grad:
                 gradient = parameter.grad if parameter.grad is not None else torch.zeros_like(parameter)
                 if isinstance(gradient, DTensor):
-                    yield name, gradient.to_local(), "shard"
+                    split = "tensor" in (gradient.device_mesh.mesh_dim_names or ())
+                    yield name, gradient.to_local(), "shard" if split or self.topology.tensor == 1 else "tensor"
                 else:
                     yield name, gradient, "replicate"
 
     def grad_norm(self) -> float:
         """Over every mesh dimension; a parameter that is shared or replicated counts once."""
-        norms: dict[str, list[Tensor]] = {"shard": [], "replicate": []}
+        norms: dict[str, list[Tensor]] = {"shard": [], "tensor": [], "replicate": []}
         for _, gradient, placement in self.gradients():
             norms[placement].append(torch.linalg.vector_norm(gradient))
         squares = {kind: self._sum_of_squares(values) for kind, values in norms.items()}
-        if self.topology.world > 1 and norms["shard"]:
-            dist.all_reduce(squares["shard"])
-        return math.sqrt((squares["shard"] + squares["replicate"]).item())
+        shared = squares["shard"] + squares["tensor"] / self.topology.tensor
+        if self.topology.world > 1 and norms["shard"] + norms["tensor"]:
+            dist.all_reduce(shared)
+        return math.sqrt((shared + squares["replicate"]).item())
 
     def _sum_of_squares(self, norms: list[Tensor]) -> Tensor:
         if not norms:
@@ -140,7 +142,9 @@ class TorchEngine:
             if frozen and not tensor.requires_grad:
                 continue
             full = tensor.detach()
-            full = full.full_tensor() if isinstance(full, DTensor) else full
+            if isinstance(full, DTensor):
+                # One dimension of the mesh after the other, as torch would, which warns that it does.
+                full = full.redistribute(placements=[Replicate(), *full.placements[1:]]).full_tensor()
             if self.topology.main:
                 state[name] = full.cpu()
         return state

@@ -112,11 +112,12 @@ def quantile(normal: float, freedom: int) -> float:
 
 
 def own_parts(engine: Engine) -> Iterator[tuple[str, Tensor]]:
-    """Each gradient's part that this rank compares: its shard, or its share of one that every rank has."""
+    """Each gradient's part that this rank compares: its shard, or its share of one that other ranks have as well."""
     topology = engine.topology
+    holders = {"shard": 1, "tensor": topology.tensor, "replicate": topology.world}
     for name, gradient, placement in engine.gradients():
         flat = gradient.detach().reshape(-1)
-        yield name, flat if placement == "shard" else flat.tensor_split(topology.world)[topology.rank]
+        yield name, flat.tensor_split(holders[placement])[topology.rank % holders[placement]]
 
 
 def kept_parts(engine: Engine) -> Parts:

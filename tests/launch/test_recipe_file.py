@@ -132,7 +132,7 @@ def test_traps_of_yaml_are_refused_with_their_line(tmp_path: Path, text: str | b
         ("output_dir: ''", "output_dir='': must be text that is not empty"),
         ("lr_scheduler_type: cosin", "choose cosine, linear, constant (did you mean cosine?)"),
         ("engine: fsdp3", "engine.name='fsdp3': choose ddp, fsdp2, zero (did you mean fsdp2?)"),
-        ("engine: 3", "engine=3: must be ddp, fsdp2, zero, or a mapping of name, stage, offload"),
+        ("engine: 3", "engine=3: must be ddp, fsdp2, zero, or a mapping of name, stage, offload, tensor_parallel"),
         ("engine: {name: zero, stage: 4}", "engine.stage=4: must be a whole number >= 1 and <= 3"),
         ("engine: {name: zero, stage: true}", "engine.stage=true: must be a whole number >= 1 and <= 3"),
         ("objective: ppo", "objective.name='ppo': choose sft, dpo, grpo"),
@@ -147,6 +147,7 @@ def test_traps_of_yaml_are_refused_with_their_line(tmp_path: Path, text: str | b
         ("resume_from_checkpoint: 3", "resume_from_checkpoint=3: must be true or false, or text"),
         ("config_overrides: 3", "config_overrides=3: must be a mapping"),
         ("engine: {name: ddp, stage: 3}", "engine.stage is a key of zero, not of ddp"),
+        ("engine: {name: zero, tensor_parallel: 2}", "engine.tensor_parallel is a key of fsdp2, not of zero"),
         ("trust_remote_code: true", "trust_remote_code=true with model_revision=null: pin the code"),
         ("trust_remote_code: true\nmodel_revision: main", "model_revision=main: pin the code to a full"),
         ("packing: true\nobjective: dpo", "packing=true with objective=dpo: only sft packs"),
@@ -186,6 +187,10 @@ def test_a_path_that_is_no_file_is_one_line(tmp_path: Path, kind: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+def engine(name: str, stage: int, offload: bool) -> dict[str, Any]:
+    return {"name": name, "stage": stage, "offload": offload, "tensor_parallel": 1}
+
+
 @pytest.mark.parametrize(
     ("overrides", "found"),
     [
@@ -204,11 +209,11 @@ def test_a_path_that_is_no_file_is_one_line(tmp_path: Path, kind: str) -> None:
         (["lora_target_modules=.*proj"], {"lora_target_modules": ".*proj"}),
         (["resume_from_checkpoint=false"], {"resume_from_checkpoint": False}),
         (["resume_from_checkpoint=runs/a"], {"resume_from_checkpoint": "runs/a"}),
-        (["engine=fsdp2"], {"engine": {"name": "fsdp2", "stage": 2, "offload": False}}),
-        (["engine.stage=1"], {"engine": {"name": "zero", "stage": 1, "offload": True}}),
-        (["engine.name=ddp"], {"engine": {"name": "ddp", "stage": 2, "offload": False}}),
-        (["engine.name=zero"], {"engine": {"name": "zero", "stage": 3, "offload": True}}),
-        (["engine.stage=1", "engine=zero"], {"engine": {"name": "zero", "stage": 1, "offload": False}}),
+        (["engine=fsdp2"], {"engine": engine("fsdp2", 2, False)}),
+        (["engine.stage=1"], {"engine": engine("zero", 1, True)}),
+        (["engine.name=ddp"], {"engine": engine("ddp", 2, False)}),
+        (["engine.name=zero"], {"engine": engine("zero", 3, True)}),
+        (["engine.stage=1", "engine=zero"], {"engine": engine("zero", 1, False)}),
         (["objective.name=dpo", "objective.beta=1"], {"objective": DPO(name="dpo", beta=1.0).model_dump()}),
         (["objective.z_loss=1"], {"objective": {"name": "sft", "label_smoothing": 0.1, "z_loss": 1.0}}),
         (["strategy.chunk=512"], {"strategy": [{"name": "plain", "chunk": 512}]}),
