@@ -11,8 +11,11 @@ from contract.checks import CHECKS
 
 from distrib.errors import UserError
 from strategies import Strategy
+from strategies.activations.norms import FORMULA, Formula
+from strategies.approx_bp import ApproxBP
 from strategies.core.edits import Swap, Wrap
 from strategies.core.steps import PlainStep
+from strategies.few_bit import FewBit
 
 
 class Scaled(torch.autograd.Function):
@@ -115,6 +118,41 @@ class UnseededDropout(Strategy):
         return Unseeded(engine, objective)
 
 
+@dataclass(frozen=True)
+class StepsInReverse(FewBit):
+    """Derivatives are looked up from the wrong end."""
+
+    def edits(self, model, topology):
+        for edit in super().edits(model, topology):
+            steps = edit.settings["_ebbtide_steps"]
+            yield replace(edit, settings={"_ebbtide_steps": replace(steps, levels=steps.levels[::-1])})
+
+
+@dataclass(frozen=True)
+class WrongNorms(ApproxBP):
+    """Norms go backwards by a formula that is not theirs."""
+
+    activations: bool = False
+    centred: bool = False
+    offset: float = 0.0
+
+    def edits(self, model, topology):
+        for edit in super().edits(model, topology):
+            if FORMULA in edit.settings:
+                eps = edit.settings[FORMULA].eps
+                yield replace(edit, settings={FORMULA: Formula(self.centred, self.offset, eps)})
+
+
+@dataclass(frozen=True)
+class CentredNorms(WrongNorms):
+    centred: bool = True
+
+
+@dataclass(frozen=True)
+class OffsetNorms(WrongNorms):
+    offset: float = 1e-9
+
+
 WRONG = {
     ScaledGradients: {"gradients, full, one", "gradients, lora, packing", "gradients, tied, dpo"},
     DroppedToken: {"gradients, full, one", "gradients, lora, packing"},
@@ -122,11 +160,16 @@ WRONG = {
     MeanOfMeans: {"gradients, full, accumulation", "gradients, tied, prompt masks"},
     RenamedParameters: {"keeps_names"},
     UnseededDropout: {"repeats_bitwise"},
+    StepsInReverse: {"gradients, full, one", "gradients, lora, packing", "trains_in_any_loop", "copies"},
+    CentredNorms: {"gradients, full, one", "gradients, lora, dpo"},
+    OffsetNorms: {"gradients, tied, packing"},
 }
 UNHARMED = {
     LeakedPacking: "gradients, full, accumulation",
     MeanOfMeans: "gradients, full, one",
     UnseededDropout: "gradients, full, accumulation",
+    StepsInReverse: "generates",
+    WrongNorms: "gradients, full, one",
 }
 
 
