@@ -60,6 +60,7 @@ class Case:
     threads: int = 1
     fake: bool = False
     cap_gib: float | None = None
+    attention: str = "sdpa"
 
 
 def configuration(case: Case) -> Any:
@@ -96,7 +97,7 @@ def build(case: Case, device: str) -> Any:
     torch.manual_seed(0)
     dtype = torch.bfloat16 if case.bf16 else torch.float32
     with torch.device(device):
-        model = AutoModelForCausalLM.from_config(configuration(case), dtype=dtype)
+        model = AutoModelForCausalLM.from_config(configuration(case), dtype=dtype, attn_implementation=case.attention)
         if case.lora:
             from peft import LoraConfig, get_peft_model
 

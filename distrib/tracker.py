@@ -52,11 +52,13 @@ def tracking(fake: FakeTensorMode, tracker: Tracker) -> Iterator[None]:
 
 
 class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """`live_bytes` now, and the most since the last `restart`. `number` is the answer to what a number is."""
+    """`live_bytes` now, and the most since the last `restart`. `number` is the answer to what a number is;
+    without `fake` the tensors have values, and nothing is answered for them."""
 
-    def __init__(self, number: float = 0.0) -> None:
+    def __init__(self, number: float = 0.0, fake: bool = True) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.number = number
+        self.fake = fake
         self.live_bytes = 0
         self.start_bytes = 0
         self._most = 0
@@ -70,7 +72,7 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return self._most - self.start_bytes
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.prim.device.default:
+        if self.fake and func is torch.ops.prim.device.default:
             # More than half of all calls, and a long way through the mode below.
             return args[0].fake_device
         kwargs = kwargs or {}
@@ -100,6 +102,8 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         del self._known[key]
 
     def _answer(self, func: Any, args: Any, kwargs: Any) -> Any:
+        if not self.fake:
+            return None
         if func is aten.from_file.default:
             return torch.empty(args[2], **kwargs)
         if func is aten.nonzero.default:

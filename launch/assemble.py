@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import strategies
 from distrib.contracts import Window
 from distrib.engines import check as check_engine
-from distrib.engines import make
+from distrib.engines import make, tensor_parallel
 from distrib.topology import Topology
 from launch import sides
 from launch.data import Data, open_data
@@ -42,8 +42,11 @@ class Parts:
 
     @classmethod
     def of(cls, recipe: Recipe, topology: Topology) -> Parts:
+        topology = replace(topology, tensor=recipe.engine.tensor_parallel)
         config = load_config(recipe)
         check_engine(recipe.engine.name, settings_of(recipe), topology)
+        if topology.tensor > 1:
+            tensor_parallel.check(config, topology)
         chosen = strategies.build([section.model_dump() for section in recipe.strategy])
         strategies.check(chosen, config, topology, recipe.compile)
         if recipe.verify:
@@ -54,8 +57,13 @@ class Parts:
         objective = make_objective(recipe)
         tokenizer = load_tokenizer(recipe)
         check_vocabulary(config, tokenizer)
-        rows = global_batch(recipe, topology.world)
+        rows = global_batch(recipe, topology.data_world)
         data = open_data(recipe, tokenizer, topology)
+        if any(strategy.sized for strategy in chosen):
+            from launch.dry import refuse_size
+
+            rows_and_length = data.longest(recipe.per_device_train_batch_size)["input_ids"].shape
+            refuse_size(recipe, config, chosen, *rows_and_length)
         return cls(recipe, topology, config, chosen, objective, tokenizer, data, rows)
 
     def model(
@@ -80,7 +88,7 @@ class Parts:
 
     def window(self, start: int, stop: int) -> Window:
         """This rank's share of the rows [start, stop)."""
-        rank, world = self.topology.rank, self.topology.world
+        rank, world = self.topology.data_rank, self.topology.data_world
         return self.data.window(start, stop, rank, world, self.recipe.per_device_train_batch_size)
 
 

@@ -30,6 +30,7 @@ HOW = {
     "joules_per_token": "Energy of the timed steps of all repeats, of all devices, by the tokens processed.",
     "net_joules_per_token": "The same less what the devices drew before the run.",
     "energy_bound": "How far the joules may be off, relative to them: age and steps of the counters, what was missed.",
+    "accounts": "What strategies say of themselves: of recompute, bytes and seconds as predicted and as measured.",
     "max_length": "Longest length, in steps of 256, whose whole training step stays within the budget.",
 }
 
@@ -54,6 +55,7 @@ def _row(side: str, length: int, options: Options, book: Book, recipe: Recipe, r
     if not times:
         return row | {"status": "not run", "why": "stopped before it was measured"}
     row |= {"status": "ok", **speed(times), **energy(times), "against": _against(side, length, options, book)}
+    row["accounts"] = times[-1].get("accounts")
     memory = Task("memory", side, length)
     if memory in book:
         row["activation_peak_bytes"] = book[memory].get("activation_peak_bytes")
@@ -139,5 +141,6 @@ FIELDS = (
     "peak_bytes", "activation_peak_bytes", "flops_per_s", "mfu", "max_length", "max_length_budget_bytes",
     "joules_per_token", "joules_per_step", "net_joules_per_token", "watts", "energy_source", "energy_bound",
     "energy_coverage", "energy_notes",
-    "grad_error", "grad_error_dtype", "grad_error_parameter", "grad_verdict", "grad_deviation", "fidelity", "gemm",
+    "grad_error", "grad_error_dtype", "grad_error_parameter", "grad_verdict", "grad_deviation", "fidelity",
+    "accounts", "gemm",
 )  # fmt: skip

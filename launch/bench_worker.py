@@ -149,6 +149,7 @@ def time_steps(job: Job, topology: Topology) -> Answer:
     from distrib.meters import peak_bytes
     from launch.flops import peak_flops, training_flops
     from launch.machine import device
+    from strategies import Prepared
 
     parts, loop, _ = prepare(job, topology)
     progress = Progress()
@@ -180,6 +181,7 @@ def time_steps(job: Job, topology: Topology) -> Answer:
         "peak_flops": None if peak is None else peak * topology.world,
         "peak_bytes": loop.most(peak_bytes(topology)),
         "energy": energy.as_dict(),
+        "accounts": loop.step.accounts() or None if isinstance(loop.step, Prepared) else None,
         "machine": machine,
     }
 

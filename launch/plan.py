@@ -72,6 +72,11 @@ class Planner:
             self._check(side, engine)
         except Refused as refusal:
             return row | {"status": "refused", "why": str(refusal)}
+        if any(strategy.sized for strategy in sides.strategies_of(side)):
+            return row | {
+                "status": "unknown",
+                "why": "it is another strategy at every length; train says what it holds",
+            }
         regime = regime_of(engine, self.recipe, self.device.count)
         try:
             forecast = self._forecast(side, regime)
@@ -86,6 +91,11 @@ class Planner:
         chosen = sides.strategies_of(side)
         if chosen:
             strategies.check(chosen, self.config, self.topology, self.recipe.compile)
+        if any(strategy.sized for strategy in chosen):
+            from launch.dry import refuse_size
+
+            recipe = self.recipe.model_copy(update={"engine": engine})
+            refuse_size(recipe, self.config, chosen, recipe.per_device_train_batch_size, recipe.max_length)
 
     def _forecast(self, side: str, regime: Regime) -> Forecast:
         key = (side, regime)
@@ -199,6 +209,11 @@ def plan(recipe: Recipe, device: Device, wanted: str | None = None, engines: str
     for side in chosen:
         sides.strategies_of(side)
     kinds = _engines(recipe, engines)
+    if split := [kind for kind in kinds if kind.tensor_parallel > 1]:
+        raise Refused(
+            f"engine.tensor_parallel={split[0].tensor_parallel}: a plan does not count what is split over ranks; set "
+            "engine.tensor_parallel=1"
+        )
     cases = [(side, engine) for side in chosen for engine in kinds]
     rows = [planner.row(*case) for case in tqdm(cases, desc="plan", unit="row", leave=False, file=sys.stderr)]
     best = recommend(rows, recipe)

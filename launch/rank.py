@@ -25,7 +25,9 @@ T = TypeVar("T")
 ORPHAN_GRACE_S = 60.0
 STORE_GRACE = timedelta(seconds=5)
 PEERS_GRACE_S = 5.0
-"""How long a rank whose mistake is every rank's stays for the others: launchers end all ranks once one is gone."""
+SLOWEST_PEER_S = 20.0
+"""How long a rank whose mistake is every rank's stays for the others, without a word from them and at most: launchers
+end all ranks once one is gone."""
 
 
 def exit_code(error: BaseException) -> int:
@@ -108,7 +110,7 @@ def _settle(error: BaseException, topology: Topology, store: Store) -> int:
 
 
 def _await_peers(store: Store, world: int) -> None:
-    end = time.monotonic() + PEERS_GRACE_S
+    end = time.monotonic() + SLOWEST_PEER_S
     with suppress(RuntimeError):
         while store.add("failed", 0) < world and time.monotonic() < end:
             time.sleep(0.05)

@@ -37,6 +37,7 @@ from launch.pages.run import summary, write_pages
 from launch.recipe_file import dump_recipe, load_recipe
 from launch.reference import annotator
 from launch.verify import check_gradients
+from strategies import Prepared
 
 if TYPE_CHECKING:
     from launch.recipe import Recipe
@@ -92,7 +93,7 @@ def _train(recipe: Recipe, topology: Topology, meter: Meter) -> dict[str, Any]:
         progress = loop.run(progress)
     if console:
         console.close()
-    return _finish(recipe, parts.config, run, engine, progress)
+    return _finish(recipe, parts.config, run, step, progress)
 
 
 def _check_folder(run: Path, recipe: Recipe) -> None:
@@ -178,8 +179,9 @@ def _reporters(recipe: Recipe, run: Path, console: Console | None) -> Callable[[
     return both
 
 
-def _finish(recipe: Recipe, config: Any, run: Path, engine: Engine, progress: Progress) -> dict[str, Any]:
+def _finish(recipe: Recipe, config: Any, run: Path, step: Prepared, progress: Progress) -> dict[str, Any]:
     """Write `final/`, `report.json` and its pages, unless an earlier call has."""
+    engine = step.engine
     report = run / "report.json"
     known = json.loads(report.read_text()) if report.exists() and (run / "final").exists() else {}
     # A rank that reads late would otherwise see what rank 0 is about to write.
@@ -195,14 +197,15 @@ def _finish(recipe: Recipe, config: Any, run: Path, engine: Engine, progress: Pr
     result: dict[str, Any] = {}
     if engine.topology.main:
         write_folder(recipe, config, state, run / "final")
-        result = _summary(recipe, run, engine, progress)
+        result = _summary(recipe, run, step, progress)
         write_text(report, json.dumps(result, indent=1))
         write_pages(run)
     checkpoint.wait(engine)
     return result
 
 
-def _summary(recipe: Recipe, run: Path, engine: Engine, progress: Progress) -> dict[str, Any]:
+def _summary(recipe: Recipe, run: Path, step: Prepared, progress: Progress) -> dict[str, Any]:
+    engine = step.engine
     energy = _energy(recipe, run, progress)
     return {
         "final": str(run / "final"),
@@ -211,6 +214,7 @@ def _summary(recipe: Recipe, run: Path, engine: Engine, progress: Progress) -> d
         "joules": energy["joules"],
         "energy": energy,
         "strategy": [strategy.name for strategy in recipe.strategy],
+        "accounts": step.accounts(),
         "engine": engine.name,
         "world": engine.topology.world,
         "device": torch.cuda.get_device_name()

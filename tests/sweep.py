@@ -119,10 +119,10 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
     return {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in model.named_parameters()}
 
 
-def measure(model_type: str, name: str, kind: str, truth: Truth) -> Verdict:
+def measure(model_type: str, strategy: strategies.Strategy, kind: str, truth: Truth) -> Verdict:
     model = all_families.build(model_type)
     try:
-        step = strategies.prepare(model, [strategies.get(name)(chunk=CHUNK)])
+        step = strategies.prepare(model, [strategy])
         for _ in range(2 if kind == "prompt" else 1):
             # What a step leaves behind must not reach the next one.
             model.zero_grad()
@@ -143,7 +143,8 @@ def verdicts(model_type: str) -> dict[tuple[str, str], Verdict]:
         truth = true_gradients(model_type, kind)
         for name in NAMES:
             first = found.get((name, "prompt"))
-            found[name, kind] = first if first and first.why else measure(model_type, name, kind, truth)
+            strategy = strategies.get(name)(chunk=CHUNK)
+            found[name, kind] = first if first and first.why else measure(model_type, strategy, kind, truth)
     return found
 
 

@@ -32,6 +32,7 @@ from distrib.engines import Settings, make
 from distrib.topology import Topology, connect, read_environment
 from launch.models import Weights, build, load_config
 from launch.recipe import Recipe
+from strategies import Prepared
 
 PRELOADED = ("train_cases", "train_imports")
 TIMEOUT_S = 120
@@ -203,9 +204,9 @@ def train_and_keep(made_from: Recipe, topology: Topology) -> dict[str, Any]:
     kept: dict[str, Any] = {}
     finish = launch.train._finish
 
-    def keep(recipe: Recipe, config: Any, run: Path, engine: Engine, progress: Any) -> dict[str, Any]:
-        kept.update((name, value.float().numpy()) for name, value in whole(engine).items())
-        return finish(recipe, config, run, engine, progress)
+    def keep(recipe: Recipe, config: Any, run: Path, step: Prepared, progress: Any) -> dict[str, Any]:
+        kept.update((name, value.float().numpy()) for name, value in whole(step.engine).items())
+        return finish(recipe, config, run, step, progress)
 
     launch.train._finish = keep
     launch.train.train(made_from, topology)

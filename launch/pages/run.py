@@ -116,12 +116,14 @@ def _document(run: Run) -> Document:
 
     figures = run.report or (summary(run.lines) if run.lines else {})
     evaluations = [("Evaluations", _evaluations(run))] if run.evaluations else []
+    accounts = [Listing(f"What {name} did", dump(said)) for name, said in run.report.get("accounts", {}).items()]
     return Document(
         f"Run {run.name}: {run.recipe['model_name_or_path']}",
         [
             ("", [_state(run), Facts(_facts(run, figures))]),
             ("Over the steps", _plots(run)),
             ("Energy", _energy(figures)),
+            *([("Strategies", accounts)] if accounts else []),
             ("Events", [_events(run) if run.events else "No event is on record."]),
             *evaluations,
             ("The lines", _lines(run)),

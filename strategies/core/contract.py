@@ -42,12 +42,19 @@ class Strategy:
     """For an approximation: the most that its mean gradient is off, relative to the gradient; of every parameter."""
     compiles: ClassVar[bool] = True
     """Whether it is right with blocks that torch.compile compiled."""
+    tensor_parallel: ClassVar[bool] = False
+    """Whether it is right in blocks of which each rank computes a part, with a part of the sequence between them."""
 
     @property
     def noise(self) -> float:
         """For an estimate: about its standard deviation on one sequence, relative to the gradient. A few draws of a
         rare event show none of it."""
         return 0.0
+
+    @property
+    def sized(self) -> bool:
+        """Whether it may refuse a batch for its size: then the largest is run without data before anything is built."""
+        return False
 
     def check(self, config: Any, topology: Topology) -> None:
         """Raise Refused when this strategy cannot serve a model of this configuration; no weights exist
@@ -60,6 +67,10 @@ class Strategy:
 
     def step(self, model: nn.Module, engine: Engine, objective: Objective) -> Step | None:
         """What runs a global batch, or None for plain forward and backward."""
+        return None
+
+    def account(self, model: nn.Module) -> dict[str, Any] | None:
+        """What it did to this model and what that cost, for the run's report; None when there is nothing to say."""
         return None
 
 

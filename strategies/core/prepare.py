@@ -112,6 +112,12 @@ class Prepared:
         batches = _listed(micro_batches)
         return self.step.logprobs(batches, context or Context(torch.initial_seed(), self._calls, 1.0))
 
+    def accounts(self) -> dict[str, Any]:
+        """What each strategy has to say of what it did, by name."""
+        model = causal_lm(self.model)
+        said = {name_of(strategy): strategy.account(model) for strategy in self.strategies}
+        return {name: account for name, account in said.items() if account is not None}
+
     def _packed(self, batches: Sequence[Batch]) -> bool:
         # Ranks must agree without asking each other, and one of them may have single documents only.
         several = self.engine.topology.world > 1

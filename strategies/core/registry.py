@@ -83,7 +83,10 @@ def build(sections: Iterable[Mapping[str, Any]]) -> list[Strategy]:
 
 def _build(name: str, kind: type[Strategy], given: dict[str, Any]) -> Strategy:
     types = {key: hint for key, hint in get_type_hints(kind).items() if get_origin(hint) is not ClassVar}
-    defaults = {field.name: field.default for field in dataclasses.fields(kind)}
+    defaults = {
+        field.name: field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        for field in dataclasses.fields(kind)
+    }
     for key, value in given.items():
         if key not in types:
             if not types:
@@ -125,4 +128,10 @@ def check(strategies: Sequence[Strategy], config: Any, topology: Topology, compi
     for strategy in strategies:
         if compile and not strategy.compiles:
             raise Refused(f"compile=true with strategy {name_of(strategy)}: set compile=false")
+        if topology.tensor > 1 and not strategy.tensor_parallel:
+            able = ", ".join(name for name in names() if get(name).tensor_parallel)
+            raise Refused(
+                f"engine.tensor_parallel={topology.tensor} with strategy {name_of(strategy)}: choose {able}, or set "
+                "engine.tensor_parallel=1"
+            )
         strategy.check(config, topology)

@@ -76,6 +76,9 @@ class Away:
     def narrow(self, dim: int, start: int, length: int) -> Tensor:
         return self._memory.tensor().narrow(dim, start, length).clone()
 
+    def prefetch(self) -> None:
+        """It will be asked for, whole and soon."""
+
     def back(self) -> Tensor:
         return self.narrow(0, 0, self.shape[0])
 
@@ -98,6 +101,9 @@ class OnHost(Away):
             self._memory.tensor().copy_(tensor, non_blocking=True)
         # Its memory is not given to someone else before the copy is done.
         tensor.record_stream(self._stream)
+
+    def prefetch(self) -> None:
+        self._fetch(0, 0, self.shape[0])
 
     def narrow(self, dim: int, start: int, length: int) -> Tensor:
         self._fetch(dim, start, length)

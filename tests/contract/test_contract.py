@@ -1,14 +1,24 @@
-"""Every strategy that can be found, held to every check."""
+"""Every strategy that can be found, held to every check; and what takes other paths through one."""
 
 from functools import partial
 
 import pytest
-from contract.checks import CHECKS, small
+from contract.checks import CHECKS, settings
 
 import strategies
 
+RECOMPUTE = {
+    "attention": {"policy": "attention"},
+    "full": {"policy": "full"},
+    "mlp by pattern": {"policy": {"*.layers.0.*": "mlp", "*.self_attn": ["full"]}},
+    "auto": {"policy": "auto", "budget": 0.4},
+}
+FACTORIES = settings() | {
+    f"recompute, {name}": partial(strategies.get("recompute"), **fields) for name, fields in RECOMPUTE.items()
+}
+
 
 @pytest.mark.parametrize("check", CHECKS.values(), ids=CHECKS.keys())
-@pytest.mark.parametrize("name", strategies.names())
-def test_contract(name, check):
-    check(partial(strategies.get(name), **small(name)))
+@pytest.mark.parametrize("factory", FACTORIES.values(), ids=FACTORIES)
+def test_contract(factory, check):
+    check(factory)

@@ -9,24 +9,17 @@ from typing import Any
 import pytest
 import torch
 from chunked_graph import Bounds, model_by_chunks
-from contract import reference
 from contract.checks import dpo_loss, grpo_loss, with_references
 from contract.reference import left_padded, masked, packed, ragged
+from exactness import ENGINES, case, differences, is_exact, precision, same
 from ranks import Ranks
-from streaming_cases import Case, Found, drawn_model, recipe, truth
+from streaming_cases import Case, drawn_model, truth
 from torch import Tensor
 
 import strategies
 from distrib.contracts import IGNORE, Batch, Context
 from strategies.streaming.draws import Sticky, Taken
 
-ENGINES: dict[str, dict[str, Any]] = {
-    "ddp": {"name": "ddp"},
-    "fsdp2": {"name": "fsdp2"},
-    "zero1": {"name": "zero", "stage": 1},
-    "zero2": {"name": "zero", "stage": 2},
-    "zero3": {"name": "zero", "stage": 3},
-}
 STREAMING = ("streambp", "seco", "spaco")
 PER_RANK: dict[str, list[list[Batch]]] = {
     "left padding": [[left_padded(1, [11, 4, 7], 11)], [left_padded(2, [22, 9], 22)]],
@@ -44,52 +37,6 @@ PER_RANK: dict[str, list[list[Batch]]] = {
     ],
 }
 PER_RANK["all at once"] = [[batch for name in list(PER_RANK)[:5] for batch in PER_RANK[name][rank]] for rank in (0, 1)]
-
-
-def precision(engine: str) -> tuple[torch.dtype, float, float]:
-    """The weights' type, and the bounds for the worst parameter and for all of them."""
-    # DeepSpeed reduces in float32 whatever it is given.
-    return (torch.float32, 2e-6, 1e-6) if engine.startswith("zero") else (torch.float64, 1e-12, 1e-12)
-
-
-def learned(per_rank: list[list[Batch]]) -> float:
-    return float(sum((batch["labels"][:, 1:] != IGNORE).sum() for batches in per_rank for batch in batches))
-
-
-def differences(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> tuple[float, float]:
-    """Of the worst parameter and of all, relative, by norm."""
-    assert found.keys() == wanted.keys()
-    errors = torch.stack([(found[name].double() - gradient).norm() for name, gradient in wanted.items()])
-    norms = torch.stack([gradient.norm() for gradient in wanted.values()])
-    return float((errors / norms).max()), float(errors.norm() / norms.norm())
-
-
-def same(found: list[Found], loss: Tensor, gradients: dict[str, Tensor], engine: str) -> None:
-    """Every rank has the gradients, and the ranks' losses add up."""
-    _, worst, overall = precision(engine)
-    for one in found:
-        by_worst, by_all = differences(one.gradients, gradients)
-        assert by_worst < worst
-        assert by_all < overall
-    total = sum(float(one.loss) for one in found)
-    assert abs(total - float(loss)) < max(overall, 1e-12) * abs(float(loss))
-
-
-def case(engine: str, strategy: str, per_rank: list[list[Batch]], **changes: Any) -> Case:
-    model = {name: changes.pop(name) for name in ("lora_r", "config_overrides", "bf16") if name in changes}
-    dtype = changes.pop("dtype", precision(engine)[0])
-    weight = changes.pop("weight", None) or learned(per_rank)
-    return Case(recipe(engine=ENGINES[engine], **model), dtype, per_rank, weight, strategy, **changes)
-
-
-def is_exact(two_ranks: Ranks, asked: Case, engine: str, loss: reference.Loss = reference.sft) -> None:
-    found = two_ranks("streaming_cases:run", asked)
-    wanted = truth(asked, loss)
-    same(found, wanted.loss, wanted.gradients, engine)
-    logprobs = [x for one in found for x in one.logprobs]
-    for one, right in zip(logprobs, wanted.logprobs, strict=True):
-        assert one.shape == right.shape
-        assert (one - right).abs().max() <= precision(engine)[1] * max(float(right.abs().max()), 1)
 
 
 @pytest.mark.parametrize("strategy", STREAMING)

@@ -115,3 +115,16 @@ def test_every_type_is_exact_or_refused_as_the_page_says(model_type):
     now, page = [row[i] for i in sweep.WORDS], sweep.committed()[model_type]
     assert "WRONG" not in now, row
     assert now == page, f"{row}: if that is meant, write docs/families.md anew"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fields", [{"policy": "full"}, {"policy": "auto", "budget": 0.4}], ids=["full", "auto"])
+@pytest.mark.parametrize("model_type", [name for name in all_families.TYPES if name not in all_families.NOT_TEXT])
+def test_every_type_runs_again_as_it_ran(model_type, fields):
+    try:
+        all_families.build(model_type)
+    except Refused:
+        return
+    truth = sweep.true_gradients(model_type, "prompt")
+    verdict = sweep.measure(model_type, strategies.get("recompute")(**fields), "prompt", truth)
+    assert verdict.word == "exact" or "budget" in verdict.why, verdict

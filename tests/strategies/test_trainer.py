@@ -154,9 +154,12 @@ def assert_streamed(model, counts, evaluated=EVALUATED_BATCHES):
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_plain_trains_the_same(tmp_path, right, checkpointing):
+@pytest.mark.parametrize(
+    ("name", "fields"), [("plain", {}), ("approx_bp", {"activations": False}), ("recompute", {"policy": "full"})]
+)
+def test_edits_that_are_exact_train_the_same(tmp_path, right, checkpointing, name, fields):
     model = tiny()
-    strategies.prepare(model, [strategies.get("plain")()])
+    strategies.prepare(model, [strategies.get(name)(**fields)])
     assert_same(model, trained(model, tmp_path, **({"gradient_checkpointing": True} if checkpointing else {})), *right)
 
 
