@@ -177,18 +177,19 @@ class RecomputedBlock:
             return forward(*args, **kwargs)
         unit: Unit = vars(self)[UNIT]
         shared = unit.shared
+        hidden_BTD = next(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
         if unit.index == 0:
-            shared.begin(next(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)))
+            shared.begin(hidden_BTD)
         account, chosen = shared.account, shared.chosen
         if account and account.closed and chosen and not chosen[unit.index] and not shared.offload:
             return forward(*args, **kwargs)
-        outcome = _taken_down(self, unit, partial(forward, *args, **kwargs))
+        outcome = _taken_down(self, unit, partial(forward, *args, **kwargs), hidden_BTD)
         if unit.index == len(shared.kinds) - 1 and shared.chosen is None and set(shared.kinds) <= shared.studies.keys():
             shared.settle()
         return outcome
 
 
-def _taken_down(layer: nn.Module, unit: Unit, forward: Callable[[], Any]) -> Any:
+def _taken_down(layer: nn.Module, unit: Unit, forward: Callable[[], Any], hidden_BTD: Tensor) -> Any:
     shared = unit.shared
     kind = shared.kinds[unit.index]
     unseen = shared.chosen is None and kind not in shared.studies
@@ -197,6 +198,7 @@ def _taken_down(layer: nn.Module, unit: Unit, forward: Callable[[], Any]) -> Any
     policy = shared.policy(unit.index, names)
     modules = [layer]
     tape = Tape(_everything(policy_of(shared.rules, names)) if unseen else policy, modules, paths, watch=unseen)
+    tape.count_in(hidden_BTD)
     shared.trip = trip = Trip(shared.trip)
     with following(modules), saved_tensors_hooks(tape.pack, partial(_take_back, shared, trip)), tape:
         outcome = forward()

@@ -334,8 +334,12 @@ class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.places[address(tensor)] = place
         return Reference.to(place, tensor)
 
+    def count_in(self, hidden: Tensor) -> None:
+        """The hidden states that are handed in are the layer's to keep, also where nothing below them is trained."""
+        self._born.add(address(hidden))
+
     def _is_activation(self, tensor: Tensor) -> bool:
-        """Made here, or a hidden state that was handed in: neither weights nor what every layer is given."""
+        """Made here, or handed in with a gradient to come: neither weights nor what every layer is given."""
         return not self._is_weight(tensor) and (tensor.requires_grad or address(tensor) in self._born)
 
     def _is_weight(self, tensor: Tensor) -> bool:
