@@ -75,8 +75,6 @@ def _cheapest(study: Study, price: float | None) -> frozenset[Key]:
         if spot.maker is not None:
             bytes_of[spot.maker] += cost
             graph.add_edge(("run", spot.maker), ("spot", number))
-            if spot.overwritten:
-                graph.add_edge(("spot", number), ("run", spot.maker))
     for number in study.saved:
         graph.add_edge(_NEEDED, ("spot", number))
     for index, operator in enumerate(study.operators):
@@ -90,6 +88,10 @@ def _cheapest(study: Study, price: float | None) -> frozenset[Key]:
             graph.add_edge(_NEEDED, ("run", index), capacity=-cost)
         for source in operator.sources:
             graph.add_edge(("run", index), ("spot", source))
+            spot = study.spots[source]
+            if spot.overwritten and spot.maker is not None:
+                # What is written onto must be made again first.
+                graph.add_edge(("run", index), ("run", spot.maker))
     _, (chosen, _) = networkx.minimum_cut(graph, _NEEDED, _FREE)
     run = {node[1] for node in chosen if node[0] == "run"}
     return frozenset(operator.key for index, operator in enumerate(study.operators) if index in run)
