@@ -42,7 +42,8 @@ class Recompute(Strategy):
         if self.every < 1:
             raise ValueError(f"every={self.every}: 1 for every layer, 2 for every other one")
         if (self.policy == AUTO) != (self.budget is not None):
-            raise ValueError(f"policy={self.policy!r} with budget={self.budget!r}: a budget belongs to policy auto")
+            given = f"policy={self.policy!r} with budget={self.budget!r}"
+            raise ValueError(f"{given}: a budget belongs to policy auto and auto needs one, as '12GiB' or 0.4")
         if self.policy == AUTO and self.every != 1:
             raise ValueError(f"every={self.every} with policy auto, which chooses the layers itself: leave it out")
         self.rules()

@@ -9,16 +9,9 @@ from contract import reference
 from ranks import Ranks
 from streaming_cases import Case, Found, recipe, truth
 from torch import Tensor
+from train_cases import ENGINES
 
 from distrib.contracts import IGNORE, Batch
-
-ENGINES: dict[str, dict[str, Any]] = {
-    "ddp": {"name": "ddp"},
-    "fsdp2": {"name": "fsdp2"},
-    "zero1": {"name": "zero", "stage": 1},
-    "zero2": {"name": "zero", "stage": 2},
-    "zero3": {"name": "zero", "stage": 3},
-}
 
 
 def precision(engine: str) -> tuple[torch.dtype, float, float]:

@@ -18,6 +18,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 from distrib.errors import Refused
+from strategies.core.checkpointing import RecomputesItself
 from strategies.recomputation.account import MIB, Account
 from strategies.recomputation.choice import least, spread
 from strategies.recomputation.cost import NOTHING, Study, study
@@ -159,17 +160,8 @@ def kind_of(layer: nn.Module, name: str, rules: Rules) -> str:
     return hashlib.sha256(repr((sorted(named), numbers, shapes)).encode()).hexdigest()
 
 
-class RecomputedBlock:
+class RecomputedBlock(RecomputesItself):
     """Mixed into a layer."""
-
-    @property
-    def gradient_checkpointing(self) -> bool:
-        """Whoever switches Transformers' own checkpointing on finds it done."""
-        return False
-
-    @gradient_checkpointing.setter
-    def gradient_checkpointing(self, value: bool) -> None:
-        vars(self)["gradient_checkpointing"] = value
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         forward: Callable[..., Any] = super().forward  # type: ignore[misc]

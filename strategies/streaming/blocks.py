@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from distrib.errors import Refused
+from strategies.core.checkpointing import RecomputesItself
 from strategies.core.edits import original_class
 from strategies.streaming.arguments import Layout, Path, Slot, named_arguments, walk
 from strategies.streaming.backbone import CHUNK, hidden_states, is_sharded, refuse_lost_gradients
@@ -117,17 +118,8 @@ def try_streaming(backbone: nn.Module, streaming: Streaming) -> None:
     streaming.tried = True
 
 
-class StreamedBlock:
+class StreamedBlock(RecomputesItself):
     """Mixed into a decoder layer."""
-
-    @property
-    def gradient_checkpointing(self) -> bool:
-        """Whoever switches Transformers' own checkpointing on finds it done: a layer is recomputed already."""
-        return False
-
-    @gradient_checkpointing.setter
-    def gradient_checkpointing(self, value: bool) -> None:
-        vars(self)["gradient_checkpointing"] = value
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         block: Block = self._ebbtide_block

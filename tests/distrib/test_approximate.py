@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Any
 
 import pytest
 import torch
@@ -12,17 +11,11 @@ from contract.reference import left_padded, masked, packed, ragged
 from ranks import Ranks
 from streaming_cases import Case, drawn_model, recipe
 from torch import Tensor
+from train_cases import ENGINES
 
 import strategies
 from distrib.contracts import IGNORE, Batch, Context
 
-ENGINES: dict[str, dict[str, Any]] = {
-    "ddp": {"name": "ddp"},
-    "fsdp2": {"name": "fsdp2"},
-    "zero1": {"name": "zero", "stage": 1},
-    "zero2": {"name": "zero", "stage": 2},
-    "zero3": {"name": "zero", "stage": 3},
-}
 PER_RANK: list[list[Batch]] = [
     [left_padded(1, [11, 4, 7], 11), packed(5, [[6, 4, 3], [9, 4]])],
     [masked(ragged(4, [19, 12], 19, prompts=5), [19, 12]), packed(6, [[2, 11]])],

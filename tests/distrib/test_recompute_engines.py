@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 from contract.reference import packed, ragged
-from exactness import ENGINES, case, is_exact
+from exactness import case, is_exact
 from ranks import Ranks
+from train_cases import ENGINES
 
 PER_RANK = [
     [packed(5, [[6, 4, 3], [9, 4]]), ragged(11, [5, 2], 5), ragged(13, [9], 9, prompts=4)],

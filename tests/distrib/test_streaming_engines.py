@@ -11,10 +11,11 @@ import torch
 from chunked_graph import Bounds, model_by_chunks
 from contract.checks import dpo_loss, grpo_loss, with_references
 from contract.reference import left_padded, masked, packed, ragged
-from exactness import ENGINES, case, differences, is_exact, precision, same
+from exactness import case, differences, is_exact, precision, same
 from ranks import Ranks
 from streaming_cases import Case, drawn_model, truth
 from torch import Tensor
+from train_cases import ENGINES
 
 import strategies
 from distrib.contracts import IGNORE, Batch, Context

@@ -401,7 +401,7 @@ def test_a_longer_batch_is_chosen_for_anew():
     for length in (8, 64, 8):
         trained(model, batch(length))
         found.append(held_bytes(model, batch(length)))
-    assert found[0] == found[2] or found[2] < found[0]
+    assert found[2] < found[0]
     assert found[1] < 600 * 1024 * 1.05
 
 

@@ -11,6 +11,7 @@ from transformers import Trainer, TrainingArguments
 
 import strategies
 from distrib.errors import Refused
+from strategies.core import checkpointing
 from strategies.core.lazy_logits import Reading
 from strategies.streaming import blocks
 
@@ -178,7 +179,7 @@ def test_streambp_trains_the_same_whoever_switches_checkpointing_on(tmp_path, ri
 
 def test_someone_elses_checkpoint_is_refused(tmp_path, monkeypatch):
     """Without the property that keeps Transformers' own away."""
-    monkeypatch.delattr(blocks.StreamedBlock, "gradient_checkpointing")
+    monkeypatch.delattr(checkpointing.RecomputesItself, "gradient_checkpointing")
     for reentrant in (False, True):
         model = tiny()
         strategies.prepare(model, STREAMBP)
