@@ -19,10 +19,15 @@ if TYPE_CHECKING:
     import torch
     from torch.distributed import Store
 
+TIMEOUT = timedelta(minutes=10)
+"""How long a rank waits for another."""
+
 
 @dataclass(frozen=True)
 class Topology:
-    """`tensor` adjacent ranks hold a model's layers together and see the same rows; such groups are data-parallel."""
+    """`tensor` adjacent ranks hold a model's layers together and see the same rows. `stages` ranks hold its layers one
+    after the other and see the same rows as well; the ranks of one stage are adjacent. Together they are one of
+    `data_world` replicas."""
 
     rank: int = 0
     world: int = 1
@@ -30,14 +35,25 @@ class Topology:
     local_world: int = 1
     device_type: str = "cpu"
     tensor: int = 1
+    stages: int = 1
 
     @property
     def data_rank(self) -> int:
-        return self.rank // self.tensor
+        return self.rank // self.tensor % self.data_world
 
     @property
     def data_world(self) -> int:
-        return self.world // self.tensor
+        return self.world // self.copies
+
+    @property
+    def copies(self) -> int:
+        """Ranks that see the same rows."""
+        return self.tensor * self.stages
+
+    @property
+    def stage(self) -> int:
+        """The place of this rank in its pipeline."""
+        return self.rank // (self.world // self.stages)
 
     @property
     def device(self) -> torch.device:
@@ -113,7 +129,7 @@ def read_environment() -> Topology:
     )
 
 
-def connect(topology: Topology, timeout: timedelta = timedelta(minutes=10)) -> Store | None:
+def connect(topology: Topology, timeout: timedelta = TIMEOUT) -> Store | None:
     """Make the process group and return its store; None for a single process.
 
     The store's keys carry torchrun's restart count: a restarted rank must not read the addresses of dead peers.

@@ -42,8 +42,9 @@ def report(error: BaseException, rank: str | None) -> None:
     elif isinstance(error, KeyboardInterrupt):
         say("interrupted")
     elif isinstance(error, RuntimeError) and "gloo/transport" in str(error):
-        # a peer is gone without a word: whoever started it knows how it ended
-        say(f"{where}lost the connection to another rank")
+        # a peer is gone without a word, or hangs: whoever started it knows how it ended
+        late = "Timed out" in str(error)
+        say(f"{where}{'waited too long for' if late else 'lost the connection to'} another rank")
     else:
         lines = "".join(traceback.format_exception(error)).splitlines()
         print("\n".join(where + line for line in lines), file=sys.stderr, flush=True)

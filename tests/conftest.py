@@ -20,6 +20,12 @@ def two_ranks() -> Iterator[Ranks]:
         yield pool
 
 
+@pytest.fixture(scope="session")
+def four_ranks() -> Iterator[Ranks]:
+    with Ranks(4) as pool:
+        yield pool
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in items:

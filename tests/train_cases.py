@@ -7,6 +7,7 @@ tenth of a second: a real SIGKILL is affordable in every test.
 from __future__ import annotations
 
 import gc
+import importlib
 import json
 import os
 import signal
@@ -115,8 +116,9 @@ class Ended:
     error: str
 
 
-def run(made_from: Recipe, world: int = 1, fault: tuple[Any, ...] = (), do: str = "train") -> list[Ended]:
-    """Train on `world` fresh processes; `fault` names a function of this file and its arguments."""
+def run(made_from: Any, world: int = 1, fault: tuple[Any, ...] = (), do: str = "train") -> list[Ended]:
+    """Train on `world` fresh processes, or `do` a function of this file or "module:function" with what it takes;
+    `fault` names a function of this file and its arguments."""
     context = get_context("forkserver")
     context.set_forkserver_preload(list(PRELOADED))
     with socket.socket() as free:
@@ -167,9 +169,7 @@ def _ended(process: Any, pipe: Connection) -> Ended:
     return Ended(process.exitcode, result, error)
 
 
-def _rank(
-    pipe: Connection, rank: int, world: int, port: int, do: str, made_from: Recipe, fault: tuple[Any, ...]
-) -> None:
+def _rank(pipe: Connection, rank: int, world: int, port: int, do: str, made_from: Any, fault: tuple[Any, ...]) -> None:
     known = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
     os.environ |= {name: str(value) for name, value in known.items()}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TQDM_DISABLE": "1"}
@@ -182,7 +182,8 @@ def _rank(
     if fault:
         globals()[fault[0]](topology, *fault[1:])
     try:
-        pipe.send((globals()[do](made_from, topology), ""))
+        module, _, function = do.rpartition(":")
+        pipe.send((getattr(importlib.import_module(module or __name__), function)(made_from, topology), ""))
     except BaseException as error:
         text = f"{type(error).__name__}: {error}"
         pipe.send((None, text if not isinstance(error, AssertionError) else traceback.format_exc()))

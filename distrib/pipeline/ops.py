@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from distrib.errors import UserError
 
-_OP = re.compile(r"(\d+)([FBIW])(\d+)")
+_OP = re.compile(r"([0-9]{1,9})([FBIW])([0-9]{1,9})")
 
 
 class Op(NamedTuple):
@@ -27,6 +27,11 @@ class Op(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.stage}{self.kind}{self.micro_batch}"
+
+    @classmethod
+    def read(cls, word: str) -> Op | None:
+        match = _OP.fullmatch(word)
+        return cls(int(match[1]), match[2], int(match[3])) if match else None
 
 
 @dataclass(frozen=True)
@@ -68,8 +73,10 @@ def parse(text: str, name: str) -> Schedule:
 def _ops(line: str, rank: int, name: str) -> list[Op]:
     found = []
     for word in filter(None, map(str.strip, line.split(","))):
-        match = _OP.fullmatch(word)
-        if match is None:
-            raise UserError(f"schedule {name}: rank {rank} has {word!r}: write stage, F, B, I or W, micro-batch, as 0F2")
-        found.append(Op(int(match[1]), match[2], int(match[3])))
+        op = Op.read(word)
+        if op is None:
+            raise UserError(
+                f"schedule {name}: rank {rank} has {word!r}: write stage, F, B, I or W, micro-batch, as 0F2"
+            )
+        found.append(op)
     return found
