@@ -33,6 +33,7 @@ VALUED_FLAGS = {
     "data": ("--count",),
     "verify": ("--length",),
     "plan": ("--strategies", "--engines", "--fit"),
+    "timeline": ("--schedule", "--micro-batches", "--stages", "--costs", "--recorded", "--output"),
     "bench": ("--strategies", "--lengths", "--repeats", "--steps", "--max-length", "--output"),
 }
 QUIET = {
@@ -113,6 +114,13 @@ def _parser() -> Parser:
     plan.add_argument("--strategies", metavar="A,B", help="rows to plan, as plain,streambp:chunk=1024,gc+ce")
     plan.add_argument("--engines", metavar="A,B", help="of ddp, fsdp2, zero1, zero2, zero3 (the recipe's)")
     plan.add_argument("--fit", type=Path, metavar="FILE", help="write the recipe with what is recommended")
+    timeline = command("timeline", "a pipeline's schedule as a picture, simulated or as a run recorded it", OVERRIDES)
+    timeline.add_argument("--schedule", metavar="A,B", help="names or files (the recipe's); see docs/timeline.md")
+    timeline.add_argument("--micro-batches", type=int, metavar="M", help="(the recipe's gradient_accumulation_steps)")
+    timeline.add_argument("--stages", type=int, metavar="N", help="ranks of the pipeline (the recipe's)")
+    timeline.add_argument("--costs", metavar="F:I:W", help="of forward, gradient of input and of weights (1:1:1)")
+    timeline.add_argument("--recorded", type=Path, metavar="RUN", help="what a run recorded: its folder, or the file")
+    timeline.add_argument("--output", type=Path, metavar="FILE", help="an .svg, a .png, or a trace as .json")
     command("strategies", "list the ways to compute gradients")
     export = command("export", "write a run's model as a folder that Transformers or PEFT loads")
     export.add_argument("run", metavar="RUN", type=Path, help="the run's output folder")
@@ -122,7 +130,8 @@ def _parser() -> Parser:
     report.add_argument("run", metavar="RUN", type=Path, help="the run's output folder")
     recipe = command("recipe", "check a recipe and show every key of it", OVERRIDES)
     recipe.add_argument("--schema", action="store_true", help="print the JSON schema, for editors")
-    for needs, made in ((None, train), (None, verify), (None, data), (None, plan), (None, bench), ("?", recipe)):
+    needing = (train, verify, data, plan, bench, timeline)
+    for needs, made in (*((None, made) for made in needing), ("?", recipe)):
         made.usage = f"{made.prog} [options] RECIPE [key=value ...]"
         made.add_argument("recipe", metavar="RECIPE", nargs=needs, help="a YAML file")
     return parser
@@ -347,26 +356,21 @@ def _plan(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _timeline(arguments: argparse.Namespace) -> int:
+    recipe = _recipe(arguments)
+    from launch.timeline import Options, table, timeline
+
+    asked = {field: getattr(arguments, field) for field in Options.__annotations__}
+    result = timeline(recipe, Options(**asked))
+    print(json.dumps(result) if arguments.json else table(result))
+    return 0
+
+
 def _strategies(arguments: argparse.Namespace) -> int:
-    import dataclasses
-    import inspect
-    import textwrap
+    from launch.listing import listed, strategies_listed
 
-    import strategies
-
-    rows: list[dict[str, Any]] = []
-    for name in strategies.names():
-        kind = strategies.get(name)
-        defaults = {field.name: field.default for field in dataclasses.fields(kind)}
-        idea = " ".join(inspect.cleandoc(kind.__doc__ or "").split("\n\n")[0].split())
-        rows.append({"name": name, "fidelity": kind.fidelity.name.lower(), "fields": defaults, "idea": idea})
-    if arguments.json:
-        _show({"strategies": rows}, as_json=True)
-        return 0
-    for row in rows:
-        given = " ".join(f"{key}={value}" for key, value in row["fields"].items())
-        print(f"{row['name']:16} {row['fidelity']:12} {given}".rstrip())
-        print(textwrap.fill(row["idea"], 110, initial_indent="    ", subsequent_indent="    "))
+    rows = strategies_listed()
+    print(json.dumps({"strategies": rows}, default=str) if arguments.json else listed(rows))
     return 0
 
 
@@ -427,9 +431,10 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "data": _data,
     "plan": _plan,
     "bench": _bench,
+    "timeline": _timeline,
     "strategies": _strategies,
     "export": _export,
     "report": _report,
     "recipe": _recipe_command,
 }
-WITH_RECIPE = ("train", "verify", "data", "plan", "bench", "recipe")
+WITH_RECIPE = ("train", "verify", "data", "plan", "bench", "timeline", "recipe")
