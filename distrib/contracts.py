@@ -43,7 +43,8 @@ class Context:
 @dataclass(frozen=True)
 class Result:
     """What a step did. `loss` is this rank's share of (objective summed over the global batch) / W; the sum over
-    data-parallel ranks is the loss. `tokens` counts the positions this rank processed, padding included."""
+    data-parallel ranks is the loss, and ranks that see the same rows have the same share. `tokens` counts the positions
+    this rank processed, padding included."""
 
     loss: Tensor
     tokens: int
@@ -96,7 +97,8 @@ class Engine(Protocol):
 
     def gradients(self) -> Iterator[tuple[str, Tensor, str]]:
         """(name, this rank's shard of the gradient, placement) of every trainable parameter. The placement says who
-        else has it: no other rank ("shard"), its tensor-parallel group ("tensor"), every rank ("replicate")."""
+        else has it: no other rank ("shard"), its tensor-parallel group ("tensor"), every rank of its pipeline's stage
+        ("replicate"), or the first stage, which answers for it ("copy")."""
         ...
 
     def step(self, learning_rate: float, max_grad_norm: float | None) -> float:

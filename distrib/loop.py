@@ -149,14 +149,16 @@ class Loop:
         self._stop = True
 
     def preflight(self, longest: Batch) -> None:
-        """One forward and backward of the longest rows, so that memory fails here or not at all.
+        """One forward and backward of the longest rows, so that memory fails here or not at all; of a pipeline, which
+        holds several micro-batches at once, a whole step of them.
 
         With an infinite W every gradient is zero: nothing is learned and nothing needs undoing.
         """
         context = Context(self.plan.seed, -1, math.inf)
-        batches = self._to_device([longest])
-        self.annotate(batches, context)
         rows, length = longest["input_ids"].shape
+        count = -(-self.plan.global_batch // (rows * self.topology.data_world)) if self.topology.stages > 1 else 1
+        batches = self._to_device([longest] * count)
+        self.annotate(batches, context)
         with self._explaining(f"in the preflight: {rows} sequences of {length} tokens, the longest, do not fit"):
             self.step(batches, context)
         self.engine.zero_grad()
@@ -297,8 +299,8 @@ class Loop:
         else:
             everyone = [mine]
         stop = any(row[4] > 0 for row in everyone)
-        # A tensor-parallel group has the same rows.
-        rows = torch.stack(everyone[:: self.topology.tensor])
+        # One of those that have the same rows.
+        rows = torch.stack(everyone[: self.topology.world // self.topology.stages : self.topology.tensor])
         weight, tokens, nonpad, learned = rows[:, :4].sum(0).tolist()
         ids = [int(number) for number in rows[:, 5:].flatten().tolist() if number >= 0]
         return Totals(weight, int(tokens), int(nonpad), int(learned), stop, ids)
@@ -308,7 +310,7 @@ class Loop:
         value = value.detach().double().cpu()
         if self.topology.world > 1:
             dist.all_reduce(value)
-        return value.item() / self.topology.tensor
+        return value.item() / self.topology.copies
 
     def most(self, value: int | None) -> int | None:
         """Of all ranks; None where no rank knows."""

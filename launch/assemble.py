@@ -10,6 +10,7 @@ import strategies
 from distrib.contracts import Window
 from distrib.engines import check as check_engine
 from distrib.engines import make, tensor_parallel
+from distrib.errors import Refused
 from distrib.topology import Topology
 from launch import sides
 from launch.data import Data, open_data
@@ -42,18 +43,20 @@ class Parts:
 
     @classmethod
     def of(cls, recipe: Recipe, topology: Topology) -> Parts:
-        topology = replace(topology, tensor=recipe.engine.tensor_parallel)
+        chosen = strategies.build([section.model_dump() for section in recipe.strategy])
+        topology = strategies.staged(chosen, replace(topology, tensor=recipe.engine.tensor_parallel))
         config = load_config(recipe)
         check_engine(recipe.engine.name, settings_of(recipe), topology)
         if topology.tensor > 1:
             tensor_parallel.check(config, topology)
-        chosen = strategies.build([section.model_dump() for section in recipe.strategy])
         strategies.check(chosen, config, topology, recipe.compile)
         if recipe.verify:
             # An approximation that states no bound cannot be held to it.
             Promise.of(chosen)
         if recipe.packing:
             refuse_packing(config)
+        if recipe.eval_samples and topology.stages > 1:
+            raise Refused(f"eval_samples={recipe.eval_samples}: a pipeline does not generate; set eval_samples=0")
         objective = make_objective(recipe)
         tokenizer = load_tokenizer(recipe)
         check_vocabulary(config, tokenizer)
@@ -62,8 +65,8 @@ class Parts:
         if any(strategy.sized for strategy in chosen):
             from launch.dry import refuse_size
 
-            rows_and_length = data.longest(recipe.per_device_train_batch_size)["input_ids"].shape
-            refuse_size(recipe, config, chosen, *rows_and_length)
+            lines, length = data.longest(recipe.per_device_train_batch_size)["input_ids"].shape
+            refuse_size(recipe, config, chosen, lines, length, topology)
         return cls(recipe, topology, config, chosen, objective, tokenizer, data, rows)
 
     def model(

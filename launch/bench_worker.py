@@ -98,7 +98,7 @@ def prepare(job: Job, topology: Topology) -> tuple[Parts, Loop, Memory]:
     from launch.reference import annotator
     from launch.sides import BASELINES
 
-    recipe = _recipe(job)
+    recipe = _with_equal_rows(_recipe(job), topology)
     parts = Parts.of(recipe, topology)
     memory = Memory(topology)
     meter = Meter(topology)
@@ -133,6 +133,14 @@ def prepare(job: Job, topology: Topology) -> tuple[Parts, Loop, Memory]:
         meter=meter,
     )
     return parts, loop, memory
+
+
+def _with_equal_rows(recipe: Recipe, topology: Topology) -> Recipe:
+    """A side whose ranks see the same rows takes as many in a step as the others do."""
+    from launch.recipe_file import global_batch
+
+    rows = global_batch(recipe, topology.world // recipe.engine.tensor_parallel)
+    return recipe.model_copy(update={"global_batch_size": rows, "gradient_accumulation_steps": 1})
 
 
 def _recipe(job: Job) -> Recipe:

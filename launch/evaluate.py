@@ -74,7 +74,7 @@ def _total(
         total += torch.tensor([float(objective(stats, batch)), objective.weight(batch)], dtype=torch.float64)
     if topology.world > 1:
         dist.all_reduce(total)
-    loss, weight = (total / topology.tensor).tolist()
+    loss, weight = (total / topology.copies).tolist()
     return loss, weight
 
 

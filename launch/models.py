@@ -256,7 +256,8 @@ class Weights:
     def _convert(self, folder: Path) -> None:
         from transformers import AutoModelForCausalLM
 
-        if self._topology.main:
+        # The ranks of a pipeline ask for different weights, so each converts by itself.
+        if self._topology.main or self._topology.stages > 1:
             model, report = AutoModelForCausalLM.from_pretrained(
                 folder,
                 config=self._blueprint.config,
@@ -328,7 +329,7 @@ class Weights:
 
     def _broadcast(self, name: str, like: Tensor) -> Tensor:
         assert self._converted is not None
-        if self._topology.world == 1:
+        if self._topology.world == 1 or self._topology.stages > 1:
             return self._converted[name].data
         import torch.distributed as dist
 

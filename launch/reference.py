@@ -19,13 +19,13 @@ if TYPE_CHECKING:
 Annotate = Callable[[list[Batch], Context], None]
 
 
-def annotator(recipe: Recipe, config: Any, engine: Engine, step: Step) -> Annotate:
+def annotator(recipe: Recipe, config: Any, engine: Engine, step: strategies.Prepared) -> Annotate:
     """What gives each micro-batch the reference's log-probabilities, when the objective compares with them."""
     if not _compares(recipe):
         return lambda batches, context: None
     if recipe.lora_r:
         return lambda batches, context: _without_adapter(engine.model, step, batches, context)
-    frozen = _frozen_copy(recipe, config, engine)
+    frozen = _frozen_copy(recipe, config, engine, step)
     return lambda batches, context: _annotate(frozen.model, frozen, batches, context)
 
 
@@ -59,10 +59,12 @@ def _adapter_off(model: nn.Module) -> Iterator[None]:
             layer._disable_adapters = False
 
 
-def _frozen_copy(recipe: Recipe, config: Any, engine: Engine) -> strategies.Prepared:
+def _frozen_copy(recipe: Recipe, config: Any, engine: Engine, step: strategies.Prepared) -> strategies.Prepared:
+    """In the same stages, where the model is a pipeline's."""
     model = build(recipe, config)
     model.requires_grad_(False)
-    plain = [strategies.get("plain")()]
+    pipeline = [strategy for strategy in step.strategies if strategy.pipeline(engine.topology.world) > 1]
+    plain = pipeline or [strategies.get("plain")()]
     strategies.edit(model, plain, engine.topology)
     settings = Settings(optimizer=None, bf16=recipe.bf16, stage=recipe.engine.stage, offload=recipe.engine.offload)
     weights = Weights(recipe, config, engine.topology)

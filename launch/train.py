@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+import strategies
 from distrib import checkpoint
 from distrib.checkpoint import Progress
 from distrib.contracts import Engine
@@ -27,6 +28,7 @@ from distrib.files import write_text
 from distrib.journal import read
 from distrib.loop import Loop, Plan, resume
 from distrib.optim import Schedule
+from distrib.pipeline import record
 from distrib.topology import Topology
 from launch.assemble import Parts
 from launch.console import Console
@@ -36,8 +38,8 @@ from launch.export import LOCK, write_folder
 from launch.pages.run import summary, write_pages
 from launch.recipe_file import dump_recipe, load_recipe
 from launch.reference import annotator
-from launch.verify import check_gradients
-from strategies import Prepared
+from launch.verify import check_gradients, check_pipeline
+from strategies import Prepared, Strategy
 
 if TYPE_CHECKING:
     from launch.recipe import Recipe
@@ -70,6 +72,8 @@ def _train(recipe: Recipe, topology: Topology, meter: Meter) -> dict[str, Any]:
     meter.measure_idle(recipe.energy.idle_s)
     step = parts.model()
     engine = step.engine
+    if recipe.verify and parts.topology.stages > 1:
+        check_pipeline(parts, step)
     progress = resume(plan, engine, chosen_checkpoint)
 
     console = Console(plan.steps, progress.step) if topology.main else None
@@ -87,7 +91,7 @@ def _train(recipe: Recipe, topology: Topology, meter: Meter) -> dict[str, Any]:
     )
     if progress.step < plan.steps:
         loop.preflight(parts.data.longest(recipe.per_device_train_batch_size))
-        if recipe.verify:
+        if recipe.verify and parts.topology.stages == 1:
             check_gradients(parts, step, annotate)
         _claim(run, recipe, engine)
         progress = loop.run(progress)
@@ -110,13 +114,19 @@ def _check_folder(run: Path, recipe: Recipe) -> None:
             f"output_dir={str(run)!r} holds a run and resume_from_checkpoint=false: name another folder, or go on "
             "with resume_from_checkpoint=true"
         )
-    before, now = load_recipe(str(run / LOCK)).model_dump(), recipe.model_dump()
+    before, now = (_lasting(one) for one in (load_recipe(str(run / LOCK)), recipe))
     for key in now:
         if key not in MAY_CHANGE and before[key] != now[key]:
             raise UserError(
                 f"output_dir={str(run)!r} holds the run of another recipe: {key} was {before[key]!r}, is "
                 f"{now[key]!r}; name another output_dir"
             )
+
+
+def _lasting(recipe: Recipe) -> dict[str, Any]:
+    """Without the pipeline: its stages hold the same model however many they are."""
+    kept = [section for section in recipe.strategy if strategies.get(section.name).pipeline is Strategy.pipeline]
+    return recipe.model_dump() | {"strategy": [section.model_dump() for section in kept] or [{"name": "plain"}]}
 
 
 def _claim(run: Path, recipe: Recipe, engine: Engine) -> None:
@@ -193,19 +203,21 @@ def _finish(recipe: Recipe, config: Any, run: Path, step: Prepared, progress: Pr
                 file=sys.stderr,
             )
         return dict(known)
-    state = engine.full_state()
+    state, accounts = engine.full_state(), step.accounts()
+    recorded = step.timeline(progress.step)
     result: dict[str, Any] = {}
     if engine.topology.main:
         write_folder(recipe, config, state, run / "final")
-        result = _summary(recipe, run, step, progress)
+        if recorded:
+            record.write(run / record.FILE, recorded)
+        result = _summary(recipe, run, engine, accounts, progress)
         write_text(report, json.dumps(result, indent=1))
         write_pages(run)
     checkpoint.wait(engine)
     return result
 
 
-def _summary(recipe: Recipe, run: Path, step: Prepared, progress: Progress) -> dict[str, Any]:
-    engine = step.engine
+def _summary(recipe: Recipe, run: Path, engine: Engine, accounts: dict[str, Any], progress: Progress) -> dict[str, Any]:
     energy = _energy(recipe, run, progress)
     return {
         "final": str(run / "final"),
@@ -214,7 +226,7 @@ def _summary(recipe: Recipe, run: Path, step: Prepared, progress: Progress) -> d
         "joules": energy["joules"],
         "energy": energy,
         "strategy": [strategy.name for strategy in recipe.strategy],
-        "accounts": step.accounts(),
+        "accounts": accounts,
         "engine": engine.name,
         "world": engine.topology.world,
         "device": torch.cuda.get_device_name()

@@ -12,7 +12,7 @@ import logging
 import math
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from distrib.contracts import Batch, Context, evaluating
+from distrib.engines.torch_engine import TorchEngine
 from distrib.errors import UserError, WrongGradients
 from distrib.meters import forget_peak, free_bytes, peak_bytes
 from distrib.topology import Topology
@@ -28,6 +29,7 @@ from launch.assemble import Parts
 from launch.data.short import short_rows
 from launch.models import Weights, build
 from launch.reference import Annotate, annotator
+from launch.whole import WholeModel, check_stages
 from strategies import Fidelity, Prepared, Strategy, name_of
 from strategies.core.compare import TOLERANCES, Differences, Promise, differences, kept_parts
 from strategies.core.truth import rounded_otherwise, true_gradients, without_dropout
@@ -59,7 +61,8 @@ def gradient_error(recipe: Recipe, topology: Topology, length: int = LENGTH) -> 
 def _built(parts: Parts, dtype: torch.dtype | None, length: int) -> dict[str, Any]:
     step = parts.model(dtype, TrainedAdapter)
     annotate = annotator(parts.recipe, parts.config, step.engine, step)
-    found = compared(parts, step, annotate, length, DRAWS)
+    whole = WholeModel(parts, dtype, TrainedAdapter) if parts.topology.stages > 1 else None
+    found = compared(parts, step, annotate, length, DRAWS, whole)
     if found is None:
         raise UserError("the first rows have no loss tokens; look at them with `ebbtide data`")
     return found
@@ -99,6 +102,16 @@ def _free_bytes(topology: Topology) -> int | None:
     return None if free is None else free // topology.local_world
 
 
+def check_pipeline(parts: Parts, step: Prepared) -> None:
+    """On a few tokens, with the weights that a run begins with."""
+    begin = time.perf_counter()
+    batches, _ = _batches(parts, TINY_LENGTH)
+    with _hushed():
+        check_stages(parts, step, batches)
+    if parts.topology.main:
+        log.info("verify: the stages reproduce the whole model (%.1f s)", time.perf_counter() - begin)
+
+
 def check_gradients(parts: Parts, step: Prepared, annotate: Annotate) -> None:
     """Before a run's first step, in its engine and precision; WrongGradients ends the run."""
     begin, peak = time.perf_counter(), peak_bytes(parts.topology)
@@ -113,8 +126,11 @@ def check_gradients(parts: Parts, step: Prepared, annotate: Annotate) -> None:
         log.info("verify: %s (%.1f s)", headline(found), time.perf_counter() - begin)
 
 
-def compared(parts: Parts, step: Prepared, annotate: Annotate, length: int, draws: int) -> dict[str, Any] | None:
-    """The verdict on `step`, with rows of at most `length` tokens; None when they have nothing to learn."""
+def compared(
+    parts: Parts, step: Prepared, annotate: Annotate, length: int, draws: int, whole: WholeModel | None = None
+) -> dict[str, Any] | None:
+    """The verdict on `step`, with rows of at most `length` tokens; None when they have nothing to learn. The truth is
+    its own model's, or `whole`'s."""
     batches, width = _batches(parts, length)
     weight = over_ranks(parts.topology, sum(parts.objective.weight(batch) for batch in batches))
     if weight == 0:
@@ -122,13 +138,13 @@ def compared(parts: Parts, step: Prepared, annotate: Annotate, length: int, draw
     context = Context(parts.recipe.seed, 0, weight)
     chosen = [_in_chunks(strategy, width) for strategy in step.strategies]
     model = step.engine.model
-    with _hushed(), without_dropout(model):
+    with _hushed(), without_dropout(model), without_dropout(whole.engine.model) if whole else nullcontext():
         annotate(batches, context)
-        check = Check(parts, step, batches, context, draws)
+        check = Check(parts, step, batches, context, draws, whole)
         found = check.verdict(chosen)
         if found["verdict"] == "wrong" and check.is_random():
             # By something that is no dropout: there is one gradient to compare with in evaluation only.
-            with evaluating(model):
+            with evaluating(model), evaluating(check.reference):
                 found = check.verdict(chosen)
     lines = over_ranks(parts.topology, sum(len(batch["input_ids"]) for batch in batches))
     return {**found, "length": width, "rows": int(lines)}
@@ -151,7 +167,7 @@ def over_ranks(topology: Topology, value: float | Tensor) -> float:
     total = torch.tensor(float(value), dtype=torch.float64)
     if topology.world > 1:
         dist.all_reduce(total)
-    return float(total) / topology.tensor
+    return float(total) / topology.copies
 
 
 def _in_chunks(strategy: Strategy, width: int) -> Strategy:
@@ -178,7 +194,9 @@ def _hushed() -> Iterator[None]:
 class Check:
     """A step on some micro-batches, held to the true gradients of its model."""
 
-    def __init__(self, parts: Parts, step: Prepared, batches: list[Batch], context: Context, draws: int) -> None:
+    def __init__(
+        self, parts: Parts, step: Prepared, batches: list[Batch], context: Context, draws: int, whole: WholeModel | None
+    ) -> None:
         self.parts = parts
         self.topology = parts.topology
         self.step = step
@@ -189,6 +207,7 @@ class Check:
         trained = next(parameter for parameter in self.engine.model.parameters() if parameter.requires_grad)
         self.precision = torch.bfloat16 if self.engine.settings.bf16 else trained.dtype
         self.tolerance = TOLERANCES[self.precision]
+        self.whole = whole
 
     def verdict(self, chosen: list[Strategy]) -> dict[str, Any]:
         """On the strategies as they are; before that, on those that estimate with the fields that make them exact."""
@@ -213,7 +232,14 @@ class Check:
 
     def _true(self, number: int = 0, backward: bool = True) -> Tensor:
         context = replace(self.context, step=number)
+        if self.whole:
+            assert isinstance(self.engine, TorchEngine)
+            return self.whole.true_gradients(self.engine, self.parts.objective, self.batches, context, backward)
         return true_gradients(self.engine, self.parts.objective, self.batches, context, backward)
+
+    @property
+    def reference(self) -> nn.Module:
+        return self.whole.engine.model if self.whole else self.engine.model
 
     def _over_ranks(self, value: float | Tensor) -> float:
         return over_ranks(self.topology, value)
@@ -233,7 +259,7 @@ class Check:
             return {**self._report(trial, promise, found), "loss": mean}
 
     def _rounded(self, number: int) -> None:
-        with rounded_otherwise(self.engine.model, self.precision, number):
+        with rounded_otherwise(self.reference, self.precision, number):
             self._true()
 
     def _report(self, trial: Prepared, promise: Promise, found: Differences) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from strategies.core.contract import Fidelity, Strategy
 from strategies.core.edits import NoMatch
 from strategies.core.objectives import DPO, GRPO, SFT, Objective, Stats
 from strategies.core.prepare import Prepared, edit, prepare, undo
-from strategies.core.registry import build, check, get, name_of, names
+from strategies.core.registry import build, check, get, name_of, names, staged
 
 __all__ = [
     "DPO",
@@ -27,5 +27,6 @@ __all__ = [
     "name_of",
     "names",
     "prepare",
+    "staged",
     "undo",
 ]

@@ -24,6 +24,8 @@ EXACT, OWN_CASTS = 1e-10, 1e-6
 LENGTH, SECOND, CHUNK = 19, 11, 4
 NAMES = ("streambp", "seco")
 KINDS = ("prompt", "left", "packed")
+PIPELINES = "## In a pipeline"
+"""The section that pipeline_families.py writes."""
 PAGE = Path(__file__).parent.parent / "docs" / "families.md"
 
 
@@ -222,7 +224,8 @@ def main() -> None:
     for model_type in all_families.TYPES:
         rows.append(row(model_type))
         print(" | ".join(rows[-1]), flush=True)
-    PAGE.write_text(page(rows))
+    _, title, pipelines = PAGE.read_text().partition(PIPELINES)
+    PAGE.write_text(f"{page(rows)}\n{title}{pipelines}")
 
 
 if __name__ == "__main__":

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from dataclasses import replace
 
+import pipeline
 import pytest
 from rows import in_fresh_process
 from sides import Case
+
+from distrib.pipeline.schedules import make
+from distrib.pipeline.simulate import simulate
 
 MIB = 2**20
 
@@ -21,3 +28,41 @@ def test_tracker_agrees_with_the_resident_memory_of_a_real_run(side: str, runs: 
     # Far above what pages of code and small blocks come to.
     assert real > 25 * MIB
     assert in_fresh_process(replace(case, fake=True))["peak_bytes"] == pytest.approx(real, rel=0.1)
+
+
+@pytest.mark.slow
+def test_schedules_hold_in_a_run_what_they_hold_on_paper() -> None:
+    sides = f"{pipeline.SIDES},v{pipeline.BY_TORCH}"
+    options = ["--ranks", "2", "--micro-batches", "4", "--repeats", "2", "--cost-ms", "2", "--border-kib", "4"]
+    done = subprocess.run(
+        [sys.executable, pipeline.__file__, *options, "--sides", sides], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    (table,) = json.loads(done.stdout)["tables"]
+    assert [row["side"] for row in table["rows"]] == sides.split(",")
+    for row in table["rows"]:
+        name = {pipeline.BASE: "1f1b", pipeline.ZB1P: "h1"}.get(
+            row["side"], row["side"].removesuffix(pipeline.BY_TORCH)
+        )
+        schedule = make(name, 2, 4)
+        on_paper = simulate(schedule, pipeline.paper(schedule.stages, 1.0, 0.0))
+        share = 2 / schedule.stages
+        assert row["held"] == pytest.approx(share * max(on_paper.peak_bytes)), row["side"]
+        assert row["torch_1f1b"]["median"] > 0
+
+
+@pytest.mark.slow
+def test_real_stages_are_measured_in_both_runtimes() -> None:
+    sides = [pipeline.BASE, "1f1b", "h1"]
+    options = ["--real", "--model", "128x4", "--length", "64", "--repeats", "2", "--sides", ",".join(sides)]
+    done = subprocess.run([sys.executable, pipeline.__file__, *options], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (table,) = json.loads(done.stdout)["tables"]
+    rows = {row["side"]: row for row in table["rows"]}
+    assert list(rows) == sides
+    assert {stage: set(kinds) for stage, kinds in table["took"].items()} == {"0": set("FB"), "1": set("FBIW")}
+    assert rows[pipeline.BASE]["bound"] == rows["1f1b"]["bound"] == 1
+    # A gradient of weights less before what stage 0 waits for, whatever it costs.
+    assert rows["h1"]["bound"] > 1
+    # Two micro-batches of stage 0.
+    assert [row["held"] for row in rows.values()] == pytest.approx([rows["1f1b"]["held"]] * 3, rel=0.05)

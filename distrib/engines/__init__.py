@@ -44,6 +44,8 @@ def check(name: str, settings: Settings, topology: Topology) -> None:
             )
     if topology.tensor > 1:
         _check_tensor(name, settings, topology)
+    if topology.stages > 1:
+        _check_stages(name, topology)
     if settings.compile and name == "zero":
         raise Refused("compile=true with engine.name='zero': choose ddp or fsdp2, or compile=false")
     if settings.compile:
@@ -58,6 +60,16 @@ def _check_tensor(name: str, settings: Settings, topology: Topology) -> None:
         raise Refused(f"{asked} with a world of {topology.world}: start a multiple of {topology.tensor} ranks")
     if settings.compile:
         raise Refused(f"compile=true with {asked}: set compile=false")
+
+
+def _check_stages(name: str, topology: Topology) -> None:
+    asked = f"a pipeline of {topology.stages} stages"
+    if name == "zero":
+        raise Refused(f"{asked} with engine.name='zero': choose ddp or fsdp2")
+    if topology.tensor > 1:
+        raise Refused(f"{asked} with engine.tensor_parallel={topology.tensor}: set engine.tensor_parallel=1")
+    if topology.world % topology.stages:
+        raise Refused(f"{asked} with a world of {topology.world}: start a multiple of {topology.stages} ranks")
 
 
 def _check_compiler(device_type: str) -> None:

@@ -25,7 +25,7 @@ class DDP(TorchEngine):
             fill(self.model, name)
             unit.to(self.topology.device)
         self.model.to(self.topology.device)
-        if self.topology.world == 1 or self.settings.optimizer is None:
+        if self.topology.world == 1 or self.settings.optimizer is None or self.staged:
             return self.model
         wrapped = DistributedDataParallel(
             self.model,
@@ -36,6 +36,14 @@ class DDP(TorchEngine):
         # DDP averages; every engine sums.
         wrapped.register_comm_hook(None, _sum)
         return wrapped
+
+    @contextmanager
+    def stages(self, trains: bool) -> Iterator[None]:
+        # DDP counts the gradients of a backward, and a stage has those of its weights later.
+        with super().stages(trains):
+            yield
+            if self.staged and trains:
+                self.staged.sum_over_replicas(p for p in self.model.parameters() if p.requires_grad)
 
     @contextmanager
     def micro_batch(self, last: bool) -> Iterator[None]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -23,6 +24,7 @@ from distrib.units import blocks, units
 
 class FSDP2(TorchEngine):
     name = "fsdp2"
+    _staging = False
 
     def _place(self, fill: Fill) -> nn.Module:
         ensure_group(self.topology)
@@ -30,8 +32,11 @@ class FSDP2(TorchEngine):
         sizes = {"data": self.topology.data_world}
         if self.topology.tensor > 1:
             sizes["tensor"] = self.topology.tensor
-        mesh = init_device_mesh(self.topology.device_type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
-        self._mesh = mesh["data"]
+        if self.staged:
+            self._mesh = self.staged.mesh
+        else:
+            mesh = init_device_mesh(self.topology.device_type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
+            self._mesh = mesh["data"]
         self._parallel = TensorParallel(self.model, mesh["tensor"]) if "tensor" in sizes else None
         names = {name for name, _ in blocks(self.model)}
         ends = _ends(self.model)
@@ -60,24 +65,62 @@ class FSDP2(TorchEngine):
         policy = MixedPrecisionPolicy()
         if self.settings.bf16:
             policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-        fully_shard(unit, mesh=self._mesh, mp_policy=policy)
+        # A stage's weights stay gathered while its micro-batches come and go.
+        fully_shard(unit, mesh=self._mesh, mp_policy=policy, reshard_after_forward=False if self.staged else None)
 
     @contextmanager
     def micro_batch(self, last: bool) -> Iterator[None]:
         # Unsynchronised gradients are whole on every rank: cheap for adapters only.
         assert isinstance(self.model, FSDPModule)
+        if self._staging:
+            yield
+            return
         self.model.set_requires_gradient_sync(last or not self._frozen)
         self.model.set_is_last_backward(last)
         yield
         if last and self._parallel:
             self._parallel.sum_gradients(self.model)
 
+    @contextmanager
+    def stages(self, trains: bool) -> Iterator[None]:
+        assert isinstance(self.model, FSDPModule)
+        with super().stages(trains):
+            self._staging = True
+            self._exchange(False)
+            yield
+            self._exchange(True)
+            self._staging = False
+            root = fully_shard.state(self.model)  # type: ignore[attr-defined]
+            for group in _groups(self.model):
+                group.post_backward()
+            root._root_post_backward_final_callback()
+            for module in self.model.modules():
+                if isinstance(module, FSDPModule):
+                    module.reshard()
+
+    def _exchange(self, now: bool) -> None:
+        assert isinstance(self.model, FSDPModule)
+        self.model.set_requires_gradient_sync(now)
+        self.model.set_reshard_after_backward(now)
+        self.model.set_is_last_backward(now)
+
+    def settle(self) -> None:
+        for group in _groups(self.model):
+            for parameter in group.fsdp_params:
+                parameter.accumulate_unsharded_grad_if_needed()
+                parameter.to_accumulated_grad_if_needed()
+
+
+def _groups(model: nn.Module) -> Iterator[Any]:
+    """What FSDP2 gathers and reduces at once; known after the first forward."""
+    for state in fully_shard.state(model)._state_ctx.all_states:  # type: ignore[attr-defined]
+        yield from state._fsdp_param_groups
+
 
 def _ends(model: nn.Module) -> list[nn.Module | list[nn.Module]]:
     """Embedding and head, as one group when they share their weight."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()  # type: ignore[operator]
-    if head is None:
-        return [embedding]
-    if head.weight is embedding.weight:
+    ends = [end for end in (embedding, head) if end is not None and next(end.parameters(), None) is not None]
+    if len(ends) == 2 and head.weight is embedding.weight:
         return [[embedding, head]]
-    return [embedding, head]
+    return ends

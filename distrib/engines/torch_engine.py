@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
 
 from distrib.engines import Fill, Settings
+from distrib.engines.staged import Staged, Tied
 from distrib.errors import NotFinite, UserError
 from distrib.topology import Topology
 from distrib.units import blocks
@@ -32,7 +34,9 @@ class TorchEngine:
         self.model = model
         self.topology = topology
         self.settings = settings
+        self.staged = Staged(topology) if topology.stages > 1 else None
         self.module = self._place(fill)
+        self._tied = Tied(model, topology) if self.staged else None
         if settings.compile:
             _compile_blocks(model)
         self.optimizer = None
@@ -48,6 +52,17 @@ class TorchEngine:
         with torch.autocast(self.topology.device_type, torch.bfloat16, enabled=self.settings.bf16):
             yield
 
+    @contextmanager
+    def stages(self, trains: bool) -> Iterator[None]:
+        """Around a pipeline's step, or its evaluation: weights stay gathered, and gradients cross ranks at its end
+        alone, after the last weight gradient."""
+        yield
+        if self._tied and trains:
+            self._tied.sum()
+
+    def settle(self) -> None:
+        """Within `stages`, after gradients were accumulated outside of a backward."""
+
     def backward(self, loss: Tensor) -> None:
         loss.backward()  # type: ignore[no-untyped-call]
 
@@ -55,22 +70,27 @@ class TorchEngine:
         for name, parameter in self.model.named_parameters():
             if parameter.requires_grad:
                 gradient = parameter.grad if parameter.grad is not None else torch.zeros_like(parameter)
+                placement = "replicate"
                 if isinstance(gradient, DTensor):
                     split = "tensor" in (gradient.device_mesh.mesh_dim_names or ())
-                    yield name, gradient.to_local(), "shard" if split or self.topology.tensor == 1 else "tensor"
-                else:
-                    yield name, gradient, "replicate"
+                    placement = "shard" if split or self.topology.tensor == 1 else "tensor"
+                    gradient = gradient.to_local()
+                if self._tied and parameter is self._tied.weight and self._tied.copy:
+                    placement = "copy"
+                yield name, gradient, placement
 
     def grad_norm(self) -> float:
         """Over every mesh dimension; a parameter that is shared or replicated counts once."""
-        norms: dict[str, list[Tensor]] = {"shard": [], "tensor": [], "replicate": []}
+        norms: dict[str, list[Tensor]] = {"shard": [], "tensor": [], "replicate": [], "copy": []}
         for _, gradient, placement in self.gradients():
             norms[placement].append(torch.linalg.vector_norm(gradient))
         squares = {kind: self._sum_of_squares(values) for kind, values in norms.items()}
         shared = squares["shard"] + squares["tensor"] / self.topology.tensor
-        if self.topology.world > 1 and norms["shard"] + norms["tensor"]:
+        if self.staged:
+            shared += squares.pop("replicate") * self.topology.stages / self.topology.world
+        if self.staged or (self.topology.world > 1 and norms["shard"] + norms["tensor"]):
             dist.all_reduce(shared)
-        return math.sqrt((shared + squares["replicate"]).item())
+        return math.sqrt((shared + squares.get("replicate", 0.0)).item())
 
     def _sum_of_squares(self, norms: list[Tensor]) -> Tensor:
         if not norms:
@@ -105,6 +125,8 @@ class TorchEngine:
         options = StateDictOptions(ignore_frozen_params=self.optimizer is not None)
         state: dict[str, Any] = {"model": get_model_state_dict(self.model, options=options)}
         if self.optimizer:
+            # By parameter, so that ranks may hold other ones than those that saved them.
+            options = replace(options, flatten_optimizer_state_dict=True)
             state["optimizer"] = get_optimizer_state_dict(self.model, self.optimizer, options=options)
         return state
 
@@ -130,7 +152,7 @@ class TorchEngine:
         planner = dcp.DefaultLoadPlanner(allow_partial_load=self.optimizer is None)
         with _without_a_group():
             dcp.load(state, checkpoint_id=str(folder), planner=planner)
-        options = StateDictOptions(strict=False)
+        options = StateDictOptions(strict=False, flatten_optimizer_state_dict=True)
         set_model_state_dict(self.model, state["model"], options=options)
         if self.optimizer:
             set_optimizer_state_dict(self.model, self.optimizer, state["optimizer"], options=options)
@@ -145,9 +167,9 @@ class TorchEngine:
             if isinstance(full, DTensor):
                 # One dimension of the mesh after the other, as torch would, which warns that it does.
                 full = full.redistribute(placements=[Replicate(), *full.placements[1:]]).full_tensor()
-            if self.topology.main:
+            if self.topology.main or (self.staged and self.topology.data_rank == 0):
                 state[name] = full.cpu()
-        return state
+        return self.staged.on_first(state) if self.staged else state
 
 
 def _check_same(weights: dict[str, Tensor], folder: Path) -> None:

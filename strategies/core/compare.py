@@ -16,6 +16,7 @@ embeddings are rounded otherwise.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from torch import Tensor
 
 from distrib.contracts import Engine
 from distrib.errors import Refused
+from distrib.topology import Topology
 from strategies.core.contract import Fidelity, Strategy, is_exact
 from strategies.core.registry import name_of
 
@@ -114,8 +116,10 @@ def quantile(normal: float, freedom: int) -> float:
 def own_parts(engine: Engine) -> Iterator[tuple[str, Tensor]]:
     """Each gradient's part that this rank compares: its shard, or its share of one that other ranks have as well."""
     topology = engine.topology
-    holders = {"shard": 1, "tensor": topology.tensor, "replicate": topology.world}
+    holders = {"shard": 1, "tensor": topology.tensor, "replicate": topology.world // topology.stages}
     for name, gradient, placement in engine.gradients():
+        if placement == "copy":
+            continue
         flat = gradient.detach().reshape(-1)
         yield name, flat.tensor_split(holders[placement])[topology.rank % holders[placement]]
 
@@ -136,14 +140,24 @@ def differences(engine: Engine, true: Parts, run: Callable[[int], object], draws
             squares[name] += _square(difference)
             sums[name] = difference if draw == 0 else sums[name].add_(difference)
         engine.zero_grad()
-    local = [[_square(true[name]), _square(sums[name]) / draws**2, squares[name]] for name in true]
-    total = torch.tensor(local, dtype=torch.float64)
+    names = _everyones(list(true), engine.topology)
+    own = {name: [_square(true[name]), _square(sums[name]) / draws**2, squares[name]] for name in true}
+    total = torch.tensor([own.get(name, [0.0, 0.0, 0.0]) for name in names], dtype=torch.float64)
     if engine.topology.world > 1:
         dist.all_reduce(total)
     true_P, mean_P, squares_P = total.T
     # Around the draws' own mean, which has taken one degree of freedom.
     deviation_P = (squares_P / draws - mean_P).clamp(min=0) * (draws / max(1, draws - 1))
-    return Differences(list(true), true_P.sqrt(), mean_P.sqrt(), deviation_P.sqrt(), draws)
+    return Differences(names, true_P.sqrt(), mean_P.sqrt(), deviation_P.sqrt(), draws)
+
+
+def _everyones(names: list[str], topology: Topology) -> list[str]:
+    """Those of all stages."""
+    if topology.stages == 1:
+        return names
+    found: list[list[str]] = [[] for _ in range(topology.world)]
+    dist.all_gather_object(found, names)
+    return list(dict.fromkeys(itertools.chain.from_iterable(found)))
 
 
 def _square(part: Tensor) -> float:

@@ -13,7 +13,7 @@ from distrib.contracts import Engine, Step
 from distrib.topology import Topology
 
 if TYPE_CHECKING:
-    from strategies.core.edits import Edit
+    from strategies.core.edits import Drop, Edit
     from strategies.core.objectives import Objective
 
 
@@ -56,9 +56,17 @@ class Strategy:
         """Whether it may refuse a batch for its size: then the largest is run without data before anything is built."""
         return False
 
+    def pipeline(self, world: int) -> int:
+        """How many ranks, of so many, hold a model's layers one after the other."""
+        return 1
+
     def check(self, config: Any, topology: Topology) -> None:
         """Raise Refused when this strategy cannot serve a model of this configuration; no weights exist
         yet."""
+
+    def drops(self, model: nn.Module, topology: Topology) -> Iterable[Drop]:
+        """What other ranks hold of the model. It is gone before any strategy is asked for its edits."""
+        return ()
 
     def edits(self, model: nn.Module, topology: Topology) -> Iterable[Edit]:
         """The changes to the causal language model, named as in `model.named_modules()`. Overriding it and
@@ -70,7 +78,8 @@ class Strategy:
         return None
 
     def account(self, model: nn.Module) -> dict[str, Any] | None:
-        """What it did to this model and what that cost, for the run's report; None when there is nothing to say."""
+        """What it did to this model and what that cost, for the run's report; None when there is nothing to say. Every
+        rank calls it."""
         return None
 
 

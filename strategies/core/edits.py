@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, cast
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from distrib.errors import Refused, UserError
 
@@ -46,10 +47,55 @@ class Wrap:
 
 @dataclass(frozen=True)
 class Drop:
-    """The module `name`, which has no parameters, passes its input through."""
+    """The module `name`, which has no parameters, passes its input through. With `elsewhere` it may have some: another
+    rank holds them."""
 
     name: str
     must_run: bool = False
+    elsewhere: bool = False
+
+
+class Elsewhere(nn.Module):
+    """In the place of a module that another stage of a pipeline runs: passes on what it is given, or, where it is the
+    last before this stage, what the stage before has sent. It keeps the plain attributes that a model looks at."""
+
+    def __init__(self, before: nn.Module) -> None:
+        super().__init__()
+        own = {name: value for name, value in plain_attributes(before).items() if not name.startswith("_ebbtide_")}
+        vars(self).update(own, received=None)
+        self.values: int | None = None
+        """A layer of some models gives so many things, the hidden state first."""
+        # PEFT may have put something around it.
+        inner: Any = getattr(before, "base_layer", getattr(before, "original_module", before))
+        self.embeds = (inner.embedding_dim, inner.weight.dtype) if isinstance(inner, nn.Embedding) else None
+
+    def forward(self, given: Any = None, *args: Any, **kwargs: Any) -> Any:
+        state = self.received
+        if state is None:
+            state = next(iter(kwargs.values())) if given is None else given
+            state = _embedded(state, *self.embeds) if self.embeds else state
+        return state if self.values is None else (state, *[None] * (self.values - 1))
+
+
+def whole(module: nn.Module) -> nn.Module:
+    """The module, or the one that another stage has in its place."""
+    before = vars(module)[SWAPPED].before if isinstance(module, Elsewhere) and SWAPPED in vars(module) else module
+    assert isinstance(before, nn.Module)
+    return before
+
+
+def _embedded(ids_BT: Tensor, width: int, dtype: torch.dtype) -> Tensor:
+    """Something to try the layers of a later stage on: different from token to token."""
+    number_D = torch.arange(width, dtype=torch.float32, device=ids_BT.device)
+    return torch.sin(ids_BT[..., None] + 1 + number_D).to(dtype)
+
+
+def plain_attributes(module: nn.Module) -> dict[str, Any]:
+    """The attributes that are neither weights nor modules."""
+    own = {name: value for name, value in vars(module).items() if name not in vars(nn.Module())}
+    # Someone may have put a bound forward on the instance: it would run the real model.
+    own.pop("forward", None)
+    return own
 
 
 Edit = Swap | Wrap | Drop
@@ -154,12 +200,19 @@ def _replace(model: nn.Module, edit: Swap | Drop, owner: str) -> None:
     if not edit.name:
         raise Refused(f"strategy {owner}: the model itself cannot be replaced; wrap it")
     before = model.get_submodule(edit.name)
-    after = edit.make(before) if isinstance(edit, Swap) else nn.Identity()
-    _refuse_other_parameters(before, after, edit, owner)
+    after = _successor(before, edit)
+    if not isinstance(after, Elsewhere):
+        _refuse_other_parameters(before, after, edit, owner)
     after.train(before.training)
     after.__dict__[SWAPPED] = Mark(owner, edit.name, before, edit.must_run)
     after.register_forward_pre_hook(_note_run)
     _place(model, edit.name, after)
+
+
+def _successor(before: nn.Module, edit: Swap | Drop) -> nn.Module:
+    if isinstance(edit, Swap):
+        return edit.make(before)
+    return Elsewhere(before) if edit.elsewhere else nn.Identity()
 
 
 def _refuse_other_parameters(before: nn.Module, after: nn.Module, edit: Swap | Drop, owner: str) -> None:

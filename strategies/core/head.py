@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from distrib.contracts import IGNORE
 from distrib.errors import Refused
-from strategies.core.edits import WRAPPED, Wrap, original_class
+from strategies.core.edits import WRAPPED, Elsewhere, Wrap, original_class
 from strategies.core.lazy_logits import REQUEST, LazyLogits, Reading, lazy_logits
 from strategies.core.logit_map import is_identity, logit_map
 from strategies.core.objectives import SFT, Objective, Stats, learned
@@ -73,6 +73,9 @@ def edits(model: nn.Module) -> Iterator[Wrap]:
     """The two wraps, for a causal language model before it is sharded. Refused where they would not be
     exact."""
     outer = _output_head(model)
+    if isinstance(outer, Elsewhere):
+        yield Wrap("", CausalLM, {"_ebbtide_identity": True}, must_run=False)
+        return
     heads = _candidates(outer)
     for head in heads:
         if original_class(head) is not nn.Linear:
@@ -162,11 +165,14 @@ class CausalLM:
         objective: Objective | None = None,
         extras: Mapping[str, Tensor] | None = None,
         weight: float | Tensor | None = None,
+        hidden_only: bool = False,
         num_items_in_batch: float | Tensor | None = None,
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> Any:
         forward: Any = super().forward  # type: ignore[misc]
+        if hidden_only:
+            return self.base_model(*args, use_cache=False, return_dict=True, **kwargs).last_hidden_state
         if labels is None and shift_labels is None:
             return forward(*args, **kwargs, **({} if return_dict is None else {"return_dict": return_dict}))
         objective = SFT() if objective is None else objective

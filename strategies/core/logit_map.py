@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from distrib.errors import Refused
-from strategies.core.edits import original_class
+from strategies.core.edits import original_class, plain_attributes
 from strategies.core.statistics import LogitMap
 
 
@@ -23,7 +23,7 @@ class _Part(nn.Module):
 
     def __init__(self, real: nn.Module, hidden_1CD: Tensor) -> None:
         super().__init__()
-        vars(self).update(_plain(real), output=_Output(hidden_1CD))
+        vars(self).update(plain_attributes(real), output=_Output(hidden_1CD))
 
     def forward(self, *args: Any, **kwargs: Any) -> _Output:
         return cast(_Output, vars(self)["output"])
@@ -31,14 +31,6 @@ class _Part(nn.Module):
     def __getattr__(self, name: str) -> Any:
         # `self.model.decoder(...)` is a part as well.
         return self
-
-
-def _plain(module: nn.Module) -> dict[str, Any]:
-    """The attributes that are neither weights nor modules."""
-    own = {name: value for name, value in vars(module).items() if name not in vars(nn.Module())}
-    # Someone may have put a bound forward on the instance: it would run the real model.
-    own.pop("forward", None)
-    return own
 
 
 class _Output:
@@ -96,7 +88,7 @@ def _shell(module: nn.Module, head: nn.Module, logits_1CV: Tensor, root: bool = 
     own = original_class(module)
     shell: nn.Module = own.__new__(own)
     nn.Module.__init__(shell)
-    vars(shell).update(_plain(module), training=module.training)
+    vars(shell).update(plain_attributes(module), training=module.training)
     for name, part in module.named_children():
         if any(inner is head for inner in part.modules()) or next(part.parameters(), None) is None:
             stub = _shell(part, head, logits_1CV, root=False)

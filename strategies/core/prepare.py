@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -12,13 +12,14 @@ from torch import Tensor, nn
 from distrib.contracts import Batch, Context, Engine, Result, Step
 from distrib.engines.local import Local
 from distrib.errors import Refused, UserError
+from distrib.pipeline.record import Timeline
 from distrib.topology import Topology
 from strategies.core import edits, head
 from strategies.core.contract import Strategy, overrides
 from strategies.core.edits import Edit, NoMatch
 from strategies.core.objectives import SFT, Objective
 from strategies.core.packing import is_packed, refuse_leaks
-from strategies.core.registry import check, name_of
+from strategies.core.registry import check, name_of, staged
 from strategies.core.steps import PlainStep
 
 Batches = Batch | Sequence[Batch]
@@ -45,14 +46,30 @@ def edit(model: nn.Module, strategies: Sequence[Strategy], topology: Topology | 
     if earlier is not None:
         raise Refused(f"the model is already prepared for {', '.join(map(name_of, earlier))}: undo that first")
     check(strategies, inner.config, topology)
+    if topology != staged(strategies, topology):
+        wanted = staged(strategies, topology).stages
+        raise Refused(
+            f"a pipeline over {wanted} of {topology.world} ranks: give model and engine strategies.staged(...)"
+        )
+    edits.apply(
+        inner, [(name_of(strategy), drop) for strategy in strategies for drop in strategy.drops(inner, topology)]
+    )
+    try:
+        edits.apply(inner, _edits(inner, strategies, topology))
+    except BaseException:
+        edits.undo(inner)
+        raise
+    vars(inner)[_PREPARED] = tuple(strategies)
+
+
+def _edits(inner: nn.Module, strategies: Sequence[Strategy], topology: Topology) -> list[tuple[str, Edit]]:
     owned: list[tuple[str, Edit]] = [(head.OWNER, wrap) for wrap in head.edits(inner)]
     for strategy in strategies:
         own = list(strategy.edits(inner, topology))
         if overrides(strategy, "edits") and not own:
             raise NoMatch(f"strategy {name_of(strategy)} found nothing to change in {type(inner).__name__}")
         owned += [(name_of(strategy), change) for change in own]
-    edits.apply(inner, owned)
-    vars(inner)[_PREPARED] = tuple(strategies)
+    return owned
 
 
 def undo(model: nn.Module) -> None:
@@ -79,6 +96,15 @@ def prepare(
     objective = SFT() if objective is None else objective
     engine = Local(model) if engine is None else engine
     return Prepared(model, strategies, engine, objective)
+
+
+@runtime_checkable
+class Accountable(Protocol):
+    """A step with something to say for the run's report; every rank calls it."""
+
+    def account(self) -> dict[str, Any]: ...
+
+    def timeline(self, step: int) -> Timeline | None: ...
 
 
 class Prepared:
@@ -113,10 +139,17 @@ class Prepared:
         return self.step.logprobs(batches, context or Context(torch.initial_seed(), self._calls, 1.0))
 
     def accounts(self) -> dict[str, Any]:
-        """What each strategy has to say of what it did, by name."""
+        """What each strategy has to say of what it did, by name; every rank calls it."""
         model = causal_lm(self.model)
         said = {name_of(strategy): strategy.account(model) for strategy in self.strategies}
+        if isinstance(self.step, Accountable):
+            supplier = next(strategy for strategy in self.strategies if overrides(strategy, "step"))
+            said[name_of(supplier)] = self.step.account()
         return {name: account for name, account in said.items() if account is not None}
+
+    def timeline(self, step: int) -> Timeline | None:
+        """When the operations of the latest step, which has this number, ran on every rank; every rank calls it."""
+        return self.step.timeline(step) if isinstance(self.step, Accountable) else None
 
     def _packed(self, batches: Sequence[Batch]) -> bool:
         # Ranks must agree without asking each other, and one of them may have single documents only.

@@ -113,6 +113,11 @@ def _typed(key: str, value: Any, hint: Any, default: Any) -> Any:
         raise UserError(f"{key}={value!r}: must be {kind}{hint_line} ({error.errors()[0]['msg']})") from None
 
 
+def staged(strategies: Sequence[Strategy], topology: Topology) -> Topology:
+    """The same ranks with as many stages as the strategies want."""
+    return dataclasses.replace(topology, stages=max(strategy.pipeline(topology.world) for strategy in strategies))
+
+
 def check(strategies: Sequence[Strategy], config: Any, topology: Topology, compile: bool = False) -> None:
     """Everything that can be refused without weights, by the strategies together and each alone."""
     if not strategies:

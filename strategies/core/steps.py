@@ -58,13 +58,13 @@ def arguments(batch: Batch, objective: Objective, weight: float) -> dict[str, An
 
 
 @contextmanager
-def seeded(context: Context, engine: Engine, index: int) -> Iterator[None]:
-    """Randomness from (seed, step, data-parallel rank, micro-batch) alone; the caller's own is as before afterwards.
+def seeded(context: Context, engine: Engine, index: int, stage: int = 0) -> Iterator[None]:
+    """Randomness from (seed, step, data-parallel rank, micro-batch, stage) alone; the caller's own is as before after.
 
     The preflight's step is -1.
     """
     topology = engine.topology
-    entropy = [context.seed % 2**63, context.step + 1, topology.data_rank, index]
+    entropy = [context.seed % 2**63, context.step + 1, topology.data_rank, index, *([stage] if stage else [])]
     devices = [topology.device] if topology.device_type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(int(numpy.random.SeedSequence(entropy).generate_state(1, numpy.uint64)[0]))

@@ -13,9 +13,13 @@ RECOMPUTE = {
     "mlp by pattern": {"policy": {"*.layers.0.*": "mlp", "*.self_attn": ["full"]}},
     "auto": {"policy": "auto", "budget": 0.4},
 }
-FACTORIES = settings() | {
-    f"recompute, {name}": partial(strategies.get("recompute"), **fields) for name, fields in RECOMPUTE.items()
-}
+# In one process: backwards in two parts, and two stages on a rank.
+TWOBP = {"1f1b+2bp": {"schedule": "1f1b+2bp"}, "v": {"schedule": "v"}}
+FACTORIES = (
+    settings()
+    | {f"recompute, {name}": partial(strategies.get("recompute"), **fields) for name, fields in RECOMPUTE.items()}
+    | {f"twobp, {name}": partial(strategies.get("twobp"), **fields) for name, fields in TWOBP.items()}
+)
 
 
 @pytest.mark.parametrize("check", CHECKS.values(), ids=CHECKS.keys())

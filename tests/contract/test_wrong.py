@@ -16,6 +16,8 @@ from strategies.approx_bp import ApproxBP
 from strategies.core.edits import Swap, Wrap
 from strategies.core.steps import PlainStep
 from strategies.few_bit import FewBit
+from strategies.pipelining.store import Store
+from strategies.twobp import TwoBP
 
 
 class Scaled(torch.autograd.Function):
@@ -153,6 +155,25 @@ class OffsetNorms(WrongNorms):
     offset: float = 1e-9
 
 
+@dataclass(frozen=True)
+class ForgottenWeight(TwoBP):
+    """Of the weight gradients that wait, the first is never made."""
+
+    schedule: str = "1f1b+2bp"
+
+    def step(self, model, engine, objective):
+        step = super().step(model, engine, objective)
+        for part in step.parts.values():
+            part.store = Forgetful()
+        return step
+
+
+class Forgetful(Store):
+    def run(self, key):
+        del self._waiting[key][:1]
+        super().run(key)
+
+
 WRONG = {
     ScaledGradients: {"gradients, full, one", "gradients, lora, packing", "gradients, tied, dpo"},
     DroppedToken: {"gradients, full, one", "gradients, lora, packing"},
@@ -163,6 +184,7 @@ WRONG = {
     StepsInReverse: {"gradients, full, one", "gradients, lora, packing", "trains_in_any_loop", "copies"},
     CentredNorms: {"gradients, full, one", "gradients, lora, dpo"},
     OffsetNorms: {"gradients, tied, packing"},
+    ForgottenWeight: {"gradients, full, accumulation", "gradients, lora, packing", "gradients, tied, dpo"},
 }
 UNHARMED = {
     LeakedPacking: "gradients, full, accumulation",
@@ -170,6 +192,7 @@ UNHARMED = {
     UnseededDropout: "gradients, full, accumulation",
     StepsInReverse: "generates",
     WrongNorms: "gradients, full, one",
+    ForgottenWeight: "generates",
 }
 
 

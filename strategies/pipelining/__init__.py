@@ -1,0 +1,1 @@
+"""The parts of `twobp`: which rank has which layers, what a stage runs, and weight gradients that wait."""
