@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from distrib.errors import UserError, choose
 from distrib.meters import free_bytes
@@ -15,6 +15,7 @@ WORDS = {
     "count": "device.count=8",
     "flops": "device.flops=400T",
     "type": "device.type=cuda",
+    "link": "device.link=25GB",
 }
 TYPES = ("cuda", "cpu")
 SIZES = {"": 1, **{f"{x}B": 10 ** (3 * n) for n, x in enumerate(["", "K", "M", "G", "T"])}}
@@ -35,6 +36,8 @@ class Device:
     flops: float | None
     """What products reach on it."""
     here: bool
+    link: float | None = None
+    """Bytes a second from one device to the next."""
 
     @property
     def usable_bytes(self) -> int:
@@ -61,10 +64,11 @@ def device_of(given: Mapping[str, str], ranks: int) -> Device:
     flops = _number("device.flops", given["flops"], RATES, WORDS["flops"]) if "flops" in given else None
     if "type" in given and given["type"] not in TYPES:
         raise choose("device.type", given["type"], TYPES)
+    link = _number("device.link", given["link"], SIZES, WORDS["link"]) if "link" in given else None
     if "memory" in given:
         kind = given.get("type", "cuda")
-        return Device(kind, size_bytes("device.memory", given["memory"]), count, flops, here=False)
-    return _of_this_machine(given.get("type"), count, flops)
+        return Device(kind, size_bytes("device.memory", given["memory"]), count, flops, here=False, link=link)
+    return replace(_of_this_machine(given.get("type"), count, flops), link=link)
 
 
 def _of_this_machine(kind: str | None, count: int, flops: float | None) -> Device:

@@ -117,11 +117,16 @@ class Depths:
         return (self.full - self.short) // self.period if self.period else 0
 
 
-def depths_of(model: nn.Module, config: Any) -> Depths:
+def kinds_of(model: nn.Module, config: Any) -> list[Any]:
+    """Of every layer something that is equal for layers that compute alike."""
     kinds = [_kind(layer) for _, layer in find_layers(model)]
+    lists = [value for value in config.to_dict().values() if isinstance(value, list) and len(value) == len(kinds)]
+    return [(kind, *(str(values[index]) for values in lists)) for index, kind in enumerate(kinds)]
+
+
+def depths_of(model: nn.Module, config: Any) -> Depths:
+    kinds = kinds_of(model, config)
     full = len(kinds)
-    lists = [value for value in config.to_dict().values() if isinstance(value, list) and len(value) == full]
-    kinds = [(kind, *(str(values[index]) for values in lists)) for index, kind in enumerate(kinds)]
     for period in range(1, full // 2):
         alike = [kinds[index] == kinds[index + period] for index in range(full - period)]
         start = next(index for index in range(full) if all(alike[index:]))
@@ -205,12 +210,12 @@ class Run:
         batch = {"input_ids": ids, "labels": ids}
         if self.recipe.packing:
             batch["position_ids"] = torch.zeros_like(ids)
-        with _several_documents() if self.recipe.packing else nullcontext():
+        with several_documents() if self.recipe.packing else nullcontext():
             self.step(batch, Context(0, 0, 1.0))
 
 
 @contextmanager
-def _several_documents() -> Iterator[None]:
+def several_documents() -> Iterator[None]:
     """In every packed row. Transformers looks for them among values, which are not there."""
     with patch("transformers.masking_utils.find_packed_sequence_indices", torch.zeros_like):
         yield

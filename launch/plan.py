@@ -27,6 +27,7 @@ from launch import sides
 from launch.device import Device
 from launch.forecast import Forecast, Regime, depths_of
 from launch.models import build, load_config, refuse_packing
+from launch.plan_pipeline import pipelined, plan_pipeline
 from launch.recipe import Engine, Recipe
 from launch.settings import settings_of
 from launch.shares import regime_of, share_of, sizes_of
@@ -72,6 +73,8 @@ class Planner:
             self._check(side, engine)
         except Refused as refusal:
             return row | {"status": "refused", "why": str(refusal)}
+        if pipelined(sides.strategies_of(side), self.device.count):
+            return row | {"status": "unknown", "why": f"a pipeline is planned by itself: --strategies {side}"}
         if any(strategy.sized for strategy in sides.strategies_of(side)):
             return row | {
                 "status": "unknown",
@@ -95,7 +98,8 @@ class Planner:
             from launch.dry import refuse_size
 
             recipe = self.recipe.model_copy(update={"engine": engine})
-            refuse_size(recipe, self.config, chosen, recipe.per_device_train_batch_size, recipe.max_length)
+            topology = strategies.staged(chosen, self.topology)
+            refuse_size(recipe, self.config, chosen, recipe.per_device_train_batch_size, recipe.max_length, topology)
 
     def _forecast(self, side: str, regime: Regime) -> Forecast:
         key = (side, regime)
@@ -199,7 +203,6 @@ def plan(recipe: Recipe, device: Device, wanted: str | None = None, engines: str
     """Rows for every side and engine, and the recommendation."""
     from tqdm import tqdm
 
-    planner = Planner(recipe, device)
     # A model that does not run without data is a row that says so.
     logging.getLogger("torch._subclasses.fake_tensor").disabled = True
     # The libraries' objects are there to stay: without them, collecting between runs costs nothing.
@@ -209,6 +212,13 @@ def plan(recipe: Recipe, device: Device, wanted: str | None = None, engines: str
     for side in chosen:
         sides.strategies_of(side)
     kinds = _engines(recipe, engines)
+    if (alone := _pipeline(recipe, device, chosen, wanted)) is not None:
+        if len(kinds) > 1:
+            raise UserError(f"--engines {engines}: a pipeline is planned under one engine; give one")
+        # What strategies say of every stage is too much.
+        logging.getLogger("ebbtide").disabled = True
+        return plan_pipeline(recipe.model_copy(update={"engine": kinds[0]}), device, alone)
+    planner = Planner(recipe, device)
     if split := [kind for kind in kinds if kind.tensor_parallel > 1]:
         raise Refused(
             f"engine.tensor_parallel={split[0].tensor_parallel}: a plan does not count what is split over ranks; set "
@@ -238,6 +248,18 @@ def plan(recipe: Recipe, device: Device, wanted: str | None = None, engines: str
         "rows": rows,
         "recommendation": best,
     }
+
+
+def _pipeline(recipe: Recipe, device: Device, chosen: Sequence[str], wanted: str | None) -> list[dict[str, Any]] | None:
+    """The sections of a pipeline, where it is what is asked for alone, or the recipe's own."""
+    if wanted and len(chosen) > 1:
+        return None
+    found = sides.sections(chosen[0], recipe)
+    if pipelined(strategies.build(found), device.count):
+        return found
+    if wanted and any(section["name"] == "twobp" for section in found):
+        raise Refused(f"{chosen[0]} on {device.count} device is no pipeline: give device.count=4, or nproc")
+    return None
 
 
 def default_sides(recipe: Recipe) -> list[str]:
