@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +19,7 @@ from distrib.optim import OptimizerSpec
 from distrib.topology import Topology
 from launch.models import build, load_config
 from launch.recipe import Recipe
+from strategies.pipelining.store import Store
 
 LAYERS = 5
 
@@ -84,6 +85,22 @@ def run(topology: Topology, case: Case) -> Found:
     return Found(
         float(result.loss), gradients, step.logprobs(share, context), engine.topology.data_rank, norm, step.accounts()
     )
+
+
+def waited(topology: Topology, case: Case) -> list[int]:
+    """How many products each W of a step on this rank has to do."""
+    counts: list[int] = []
+
+    class Counting(Store):
+        def run(self, key: Hashable) -> None:
+            counts.append(len(self._waiting[key]))
+            super().run(key)
+
+    engine, step = prepared(topology, case)
+    for part in step.step.parts.values():  # type: ignore[attr-defined]
+        part.store = Counting()
+    step(case.per_replica[engine.topology.data_rank], Context(seed=0, step=0, weight=case.total))
+    return counts
 
 
 def truth(case: Case, loss: reference.Loss = reference.sft) -> reference.Truth:

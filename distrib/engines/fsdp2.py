@@ -114,7 +114,10 @@ class FSDP2(TorchEngine):
 def _groups(model: nn.Module) -> Iterator[Any]:
     """What FSDP2 gathers and reduces at once; known after the first forward."""
     for state in fully_shard.state(model)._state_ctx.all_states:  # type: ignore[attr-defined]
-        yield from state._fsdp_param_groups
+        # Older versions of torch have one a module, or none.
+        yield from filter(
+            None, getattr(state, "_fsdp_param_groups", None) or [getattr(state, "_fsdp_param_group", None)]
+        )
 
 
 def _ends(model: nn.Module) -> list[nn.Module | list[nn.Module]]:

@@ -53,7 +53,7 @@ class PipelineStep:
         self.model_type = model.config.model_type
         self.links = self._links(source.made(1))
         self.spans: list[Span] = []
-        self._schedule = source.made(1)
+        self._schedule: Schedule | None = None
         self._border: tuple[torch.Size, torch.dtype] | None = None
 
     def _links(self, schedule: Schedule) -> Links:
@@ -88,18 +88,18 @@ class PipelineStep:
         return found
 
     def account(self) -> dict[str, Any]:
-        """Of the latest step."""
+        """Of the latest step, if there was one."""
         bounds = self.partition.bounds
         return {
-            "schedule": self._schedule.name,
+            "schedule": self.source.made(1).name,
             "ranks": self.source.ranks,
-            "micro_batches": self._schedule.micro_batches,
+            "micro_batches": self._schedule.micro_batches if self._schedule else None,
             "layers": [stop - start for start, stop in itertools.pairwise(bounds)],
         }
 
     def timeline(self, step: int) -> Timeline | None:
         """PyTorch's runtime does not say when it did what."""
-        if self.by_torch:
+        if self.by_torch or self._schedule is None:
             return None
         mine = (tuple(self.spans), peak_bytes(self.engine.topology))
         everyone: list[Any] = [mine]

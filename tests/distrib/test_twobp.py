@@ -110,6 +110,25 @@ def test_by_torch(four_ranks: Ranks, name: str) -> None:
     is_exact(four_ranks, asked)
 
 
+@pytest.mark.parametrize(("inside", "products"), [("plain", 7), ("full", 7), ("streambp", 0)])
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+def test_weights_wait_but_inside_streaming_layers(two_ranks: Ranks, engine: str, inside: str, products: int) -> None:
+    asked = case(inside, engine, schedule="gpipe+2bp", layers=[2, 3])
+    first, second = (2 * products, 3 * products)
+    assert two_ranks("twobp_cases:waited", asked) == [[first] * len(MICRO_BATCHES), [second] * len(MICRO_BATCHES)]
+
+
+def test_recomputation_in_half_precision_is_that_of_plain(two_ranks: Ranks) -> None:
+    half = recipe(bf16=True, lora_r=3, config_overrides={"attention_dropout": 0.3})
+    asked = replace(case(schedule="1f1b+2bp"), recipe=half, dtype=torch.float32)
+    right = two_ranks("twobp_cases:run", asked)
+    for policy in ("full", "norms"):
+        chosen = [*asked.strategies, {"name": "recompute", "policy": policy}]
+        for one, other in zip(two_ranks("twobp_cases:run", replace(asked, strategies=chosen)), right, strict=True):
+            assert one.loss == other.loss
+            assert all(torch.equal(one.gradients[name], gradient) for name, gradient in other.gradients.items())
+
+
 def test_layers_as_asked(two_ranks: Ranks) -> None:
     asked = case(layers=[1, 4])
     found = two_ranks("twobp_cases:run", asked)
