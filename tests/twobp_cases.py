@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from contract import reference
 from engine_cases import TrainedAdapter, gathered
+from ranks import without_its_groups
 from streaming_cases import drawn_model
 from torch import Tensor
 
@@ -71,6 +72,7 @@ def prepared(topology: Topology, case: Case) -> tuple[Engine, strategies.Prepare
     return engine, strategies.prepare(model, chosen, case.objective, engine=engine)
 
 
+@without_its_groups
 def run(topology: Topology, case: Case) -> Found:
     """Two steps over micro-batches of this rank's replica, of which the first is forgotten, and log-probabilities."""
     engine, step = prepared(topology, case)
@@ -87,6 +89,7 @@ def run(topology: Topology, case: Case) -> Found:
     )
 
 
+@without_its_groups
 def waited(topology: Topology, case: Case) -> list[int]:
     """How many products each W of a step on this rank has to do."""
     counts: list[int] = []
