@@ -11,7 +11,6 @@ from time import sleep
 from typing import Any
 
 import torch
-from ranks import without_its_groups
 from torch import Tensor, nn
 
 from distrib.pipeline.executor import Links, run
@@ -103,7 +102,6 @@ def parts(topology: Topology, schedule: Schedule, rows: list[int]) -> dict[int, 
     return {stage: Part(layers[stage], inputs(rows), stage == 0, stage == last) for stage in mine}
 
 
-@without_its_groups
 def trained(topology: Topology, schedule: Schedule, rows: list[int], by_torch: bool = False) -> dict[int, Any]:
     """Of this rank's stages: gradients, and losses by micro-batch."""
     stages = parts(topology, schedule, rows)
@@ -114,7 +112,6 @@ def trained(topology: Topology, schedule: Schedule, rows: list[int], by_torch: b
     return {index: (gradients(part.layers), part.losses) for index, part in stages.items()}
 
 
-@without_its_groups
 def trained_two(topology: Topology, schedule: Schedule, rows: list[list[int]]) -> dict[int, Any]:
     """Two pipelines in one job, whose ranks alternate, each with micro-batches of its own."""
     pipelines = [range(0, topology.world, 2), range(1, topology.world, 2)]
@@ -124,7 +121,6 @@ def trained_two(topology: Topology, schedule: Schedule, rows: list[list[int]]) -
     return {index: (gradients(part.layers), part.losses) for index, part in stages.items()}
 
 
-@without_its_groups
 def evaluated(topology: Topology, training: Schedule, forwards: Schedule, rows: list[int]) -> dict[int, float]:
     """Over the groups of training; the losses, where the last stage is."""
     stages = parts(topology, forwards, rows)
@@ -132,14 +128,12 @@ def evaluated(topology: Topology, training: Schedule, forwards: Schedule, rows: 
     return next((part.losses for part in stages.values() if part.last), {})
 
 
-@without_its_groups
 def recorded(topology: Topology, schedule: Schedule, rows: list[int]) -> list[Span]:
     spans: list[Span] = []
     run(schedule, parts(topology, schedule, rows), links(topology, schedule), spans)
     return spans
 
 
-@without_its_groups
 def misshapen(topology: Topology, schedule: Schedule) -> str:
     """What rank 0 says of a stage whose output is not what it announced."""
     stages = parts(topology, schedule, [2])

@@ -20,7 +20,7 @@ import torch
 import transformers
 from engine_cases import gathered
 from peft import LoraConfig, get_peft_model
-from ranks import Ranks, without_its_groups
+from ranks import Ranks, own_groups
 from torch import Tensor, nn
 from transformers import AutoConfig
 
@@ -80,7 +80,7 @@ def learned() -> float:
     return float(sum((batch["labels"][:, 1:] != -100).sum() for batch in micro_batches()))
 
 
-@without_its_groups
+@own_groups()
 def on_ranks(topology: Topology, case: Case) -> Found | str:
     """Or why it is refused."""
     topology = replace(topology, stages=topology.world)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from contract import reference
 from engine_cases import TrainedAdapter, gathered
-from ranks import without_its_groups
+from ranks import own_groups
 from streaming_cases import drawn_model
 from torch import Tensor
 
@@ -72,8 +74,16 @@ def prepared(topology: Topology, case: Case) -> tuple[Engine, strategies.Prepare
     return engine, strategies.prepare(model, chosen, case.objective, engine=engine)
 
 
-@without_its_groups
 def run(topology: Topology, case: Case) -> Found:
+    with _groups(case):
+        return _run(topology, case)
+
+
+def _groups(case: Case) -> AbstractContextManager[None]:
+    return own_groups() if case.recipe.engine.name == "ddp" else nullcontext()
+
+
+def _run(topology: Topology, case: Case) -> Found:
     """Two steps over micro-batches of this rank's replica, of which the first is forgotten, and log-probabilities."""
     engine, step = prepared(topology, case)
     share = case.per_replica[engine.topology.data_rank]
@@ -89,7 +99,6 @@ def run(topology: Topology, case: Case) -> Found:
     )
 
 
-@without_its_groups
 def waited(topology: Topology, case: Case) -> list[int]:
     """How many products each W of a step on this rank has to do."""
     counts: list[int] = []
@@ -99,10 +108,12 @@ def waited(topology: Topology, case: Case) -> list[int]:
             counts.append(len(self._waiting[key]))
             super().run(key)
 
-    engine, step = prepared(topology, case)
-    for part in step.step.parts.values():  # type: ignore[attr-defined]
-        part.store = Counting()
-    step(case.per_replica[engine.topology.data_rank], Context(seed=0, step=0, weight=case.total))
+    # Another case's DeepSpeed may have put its own in this place.
+    with _groups(case), patch("torch.nn.functional.linear", torch._C._nn.linear):
+        engine, step = prepared(topology, case)
+        for part in step.step.parts.values():  # type: ignore[attr-defined]
+            part.store = Counting()
+        step(case.per_replica[engine.topology.data_rank], Context(seed=0, step=0, weight=case.total))
     return counts
 
 

@@ -166,7 +166,8 @@ def _grouped(store: Store, func: Any, mat_a: Any, mat_b: Any, offs: Any = None, 
     return _Grouped.apply(mat_a, mat_b, offs, found, store, func)  # type: ignore[no-any-return,no-untyped-call]
 
 
-_RULES: dict[Any, Callable[..., Tensor | None]] = {F.linear: _linear}
+# F.linear, which others may have put something in the place of.
+_RULES: dict[Any, Callable[..., Tensor | None]] = {torch._C._nn.linear: _linear}
 for _name in ("grouped_mm", "_grouped_mm"):
     for _place in (F, torch):
         if hasattr(_place, _name):

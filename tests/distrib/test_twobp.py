@@ -71,8 +71,19 @@ def test_what_runs_inside_two_stages_of_a_rank(two_ranks: Ranks, inside: str) ->
     is_exact(two_ranks, case(inside, model=TIED, schedule="v"))
 
 
-@pytest.mark.parametrize("model", [UNTIED, TIED, {"lora_r": 3}], ids=["full", "tied", "lora"])
-@pytest.mark.parametrize("inside", ["plain", "recompute", "streambp"])
+@pytest.mark.parametrize(
+    ("inside", "model"),
+    [
+        ("plain", UNTIED),
+        ("plain", {"lora_r": 3}),
+        *((inside, TIED) for inside in ("plain", "recompute", "streambp")),
+        *(
+            pytest.param(inside, model, marks=pytest.mark.slow)
+            for inside in ("recompute", "streambp")
+            for model in (UNTIED, {"lora_r": 3})
+        ),
+    ],
+)
 @pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
 def test_two_stages_in_two_replicas(four_ranks: Ranks, engine: str, inside: str, model: dict[str, Any]) -> None:
     is_exact(four_ranks, case(inside, engine, model, stages=2))
