@@ -180,7 +180,7 @@ def torch_split(part: Any, after: Callable[[], None] = lambda: None) -> list[Any
 def layer_bytes(planner: Any, rows: int, way: str) -> list[int | None]:
     """After the forward, and after p1 where there is one."""
     from distrib.tracker import Tracker
-    from launch.stages import perform
+    from launch.stages import perform, sent
 
     part = layer_part(planner, rows, way)
     tracker = Tracker(fake=False)
@@ -188,7 +188,7 @@ def layer_bytes(planner: Any, rows: int, way: str) -> list[int | None]:
         for tensor in (*part.model.parameters(), *part.model.buffers()):
             tracker.count(tensor)
         for kind in "FB":
-            perform(part, kind, 0)
+            perform(part, kind, 0, sent(part, kind, 0))
         gc.collect()
         start, seen = tracker.live_bytes, []
 
@@ -200,7 +200,7 @@ def layer_bytes(planner: Any, rows: int, way: str) -> list[int | None]:
             torch_split(part, note)
             return [*seen]
         for kind in "FIW" if way == "split" else "FB":
-            perform(part, kind, 0)
+            perform(part, kind, 0, sent(part, kind, 0))
             note()
     return [seen[0], seen[1] if way == "split" else None]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from distrib.errors import UserError, choose
 from distrib.meters import free_bytes
@@ -38,6 +39,11 @@ class Device:
     here: bool
     link: float | None = None
     """Bytes a second from one device to the next."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """For a plan's reader."""
+        names = ("type", "memory_bytes", "usable_bytes", "count")
+        return {name: getattr(self, name) for name in names}
 
     @property
     def usable_bytes(self) -> int:

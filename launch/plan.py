@@ -11,7 +11,8 @@ from __future__ import annotations
 import gc
 import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from time import perf_counter
@@ -199,12 +200,22 @@ def calibrate(recipe: Recipe, config: Any, layers: int, device_type: str) -> flo
     return counted.flops(length) / min(times)
 
 
+@contextmanager
+def _unheard(name: str) -> Iterator[None]:
+    log = logging.getLogger(name)
+    log.disabled = True
+    try:
+        yield
+    finally:
+        log.disabled = False
+
+
+# A model that does not run without data is a row that says so.
+@_unheard("torch._subclasses.fake_tensor")
 def plan(recipe: Recipe, device: Device, wanted: str | None = None, engines: str | None = None) -> dict[str, Any]:
     """Rows for every side and engine, and the recommendation."""
     from tqdm import tqdm
 
-    # A model that does not run without data is a row that says so.
-    logging.getLogger("torch._subclasses.fake_tensor").disabled = True
     # The libraries' objects are there to stay: without them, collecting between runs costs nothing.
     gc.collect()
     gc.freeze()
@@ -216,8 +227,8 @@ def plan(recipe: Recipe, device: Device, wanted: str | None = None, engines: str
         if len(kinds) > 1:
             raise UserError(f"--engines {engines}: a pipeline is planned under one engine; give one")
         # What strategies say of every stage is too much.
-        logging.getLogger("ebbtide").disabled = True
-        return plan_pipeline(recipe.model_copy(update={"engine": kinds[0]}), device, alone)
+        with _unheard("ebbtide"):
+            return plan_pipeline(recipe.model_copy(update={"engine": kinds[0]}), device, alone)
     planner = Planner(recipe, device)
     if split := [kind for kind in kinds if kind.tensor_parallel > 1]:
         raise Refused(
@@ -237,12 +248,7 @@ def plan(recipe: Recipe, device: Device, wanted: str | None = None, engines: str
     return {
         "model": recipe.model_name_or_path,
         "max_length": recipe.max_length,
-        "device": {
-            "type": device.type,
-            "memory_bytes": device.memory_bytes,
-            "usable_bytes": device.usable_bytes,
-            "count": device.count,
-        },
+        "device": device.as_dict(),
         "flops_per_s": planner.flops_per_s,
         "flops_source": "given" if device.flops else "one layer, timed here" if device.here else None,
         "rows": rows,

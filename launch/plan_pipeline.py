@@ -271,12 +271,7 @@ def plan_pipeline(recipe: Recipe, device: Device, sections: Sequence[dict[str, A
     return {
         "model": recipe.model_name_or_path,
         "max_length": recipe.max_length,
-        "device": {
-            "type": device.type,
-            "memory_bytes": device.memory_bytes,
-            "usable_bytes": device.usable_bytes,
-            "count": device.count,
-        },
+        "device": device.as_dict(),
         "pipeline": {
             "engine": recipe.engine.name,
             "ranks": ranks,

@@ -160,7 +160,7 @@ class Workshop:
             within["I"] = _within(tracker, part, "I", 1)
             stashed = tracker.live_bytes - start
             within["W"] = _within(tracker, part, "W", 1)
-            perform(part, "F", 2)
+            perform(part, "F", 2, sent(part, "F", 2))
             within["B"] = _within(tracker, part, "B", 2)
         return Held(forward, stashed, within, max(0, lasting))
 
@@ -196,33 +196,33 @@ def received(part: Part, micro_batch: int) -> Tensor | None:
     return torch.ones(shape, dtype=dtype, device=part.engine.topology.device)
 
 
-def perform(part: Part, kind: str, micro_batch: int) -> None:
+def sent(part: Part, kind: str, micro_batch: int) -> Tensor | None:
+    """What an operation gets from another stage."""
+    alone = kind == "W" or (part.number == 0 if kind == "F" else part.last)
+    return None if alone else received(part, micro_batch)
+
+
+def perform(part: Part, kind: str, micro_batch: int, given: Tensor | None) -> None:
     if kind == "F":
-        part.forward(micro_batch, received(part, micro_batch) if part.number else None)
+        part.forward(micro_batch, given)
     elif kind == "W":
         part.weights(micro_batch)
     else:
-        part.backward(micro_batch, None if part.last else received(part, micro_batch), whole=kind == "B")
+        part.backward(micro_batch, given, whole=kind == "B")
 
 
 def _within(tracker: Tracker, part: Part, kind: str, micro_batch: int) -> int:
     tracker.restart()
-    perform(part, kind, micro_batch)
+    perform(part, kind, micro_batch, sent(part, kind, micro_batch))
     return tracker.peak_bytes()
 
 
 def repeat(part: Part, kinds: str = KINDS, clock: Clock = perf_counter) -> list[Any]:
     """The moments around its operations; a GPU notes them when it comes to them."""
-    inputs = {"F": received(part, 0) if part.number else None, "I": None if part.last else received(part, 0)}
-    inputs["B"] = inputs["I"]
+    inputs = {kind: sent(part, kind, 0) for kind in kinds}
     moments = [moment(part, clock)]
     for kind in kinds:
-        if kind == "F":
-            part.forward(0, inputs["F"])
-        elif kind == "W":
-            part.weights(0)
-        else:
-            part.backward(0, inputs[kind], whole=kind == "B")
+        perform(part, kind, 0, inputs[kind])
         moments.append(moment(part, clock))
     return moments
 

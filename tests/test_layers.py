@@ -14,7 +14,14 @@ MAY_IMPORT = {
     "strategies": {"strategies", "distrib"},
     "launch": {"launch", "strategies", "distrib"},
 }
-LIGHT = ("distrib/errors.py", "launch/__main__.py", "launch/cli.py", "launch/rank.py", "launch/spawn.py")
+LIGHT = (
+    "distrib/errors.py",
+    "launch/__main__.py",
+    "launch/cli.py",
+    "launch/rank.py",
+    "launch/spawn.py",
+    "launch/words.py",
+)
 HEAVY = {"torch", "transformers", "datasets", "peft", "deepspeed", "accelerate", "numpy", "pydantic", "yaml"}
 
 

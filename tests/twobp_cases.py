@@ -42,12 +42,11 @@ class Case:
     per_replica: list[list[Batch]]
     dtype: torch.dtype = torch.float64
     objective: strategies.Objective = field(default_factory=strategies.SFT)
-    weight: float | None = None
 
     @property
     def total(self) -> float:
         batches = [batch for batches in self.per_replica for batch in batches]
-        return self.weight or float(sum(self.objective.weight(batch) for batch in batches))
+        return float(sum(self.objective.weight(batch) for batch in batches))
 
 
 @dataclass(frozen=True)

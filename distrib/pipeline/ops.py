@@ -54,11 +54,6 @@ class Schedule:
         """The rank of every stage."""
         return {op.stage: rank for rank, ops in enumerate(self.ranks) for op in ops}
 
-    @property
-    def splits(self) -> bool:
-        """Whether any backward is in two parts."""
-        return any(op.kind == "W" for ops in self.ranks for op in ops)
-
     def text(self) -> str:
         """A line a rank; what PyTorch's `_load_csv` reads."""
         return "\n".join(",".join(map(str, ops)) for ops in self.ranks) + "\n"

@@ -22,7 +22,7 @@ from launch.plan_pipeline import PipelinePlanner, moments, recommend
 from launch.plan_show import write_fit
 from launch.recipe import Recipe
 from launch.recipe_file import load_recipe
-from launch.stages import Held, Places, Seconds, perform
+from launch.stages import Held, Places, Seconds, perform, sent
 from strategies.twobp import TwoBP
 
 GIB = 2**30
@@ -57,11 +57,11 @@ def test_a_rank_holds_what_a_real_run_of_its_operations_does(rank: int, changes:
             tracker.count(tensor)
         # What lasts, such as gradients, is there by then.
         for kind in "FIW":
-            perform(part, kind, 0)
+            perform(part, kind, 0, sent(part, kind, 0))
         gc.collect()
         tracker.restart()
         for op in schedule.ranks[rank]:
-            perform(part, op.kind, op.micro_batch)
+            perform(part, op.kind, op.micro_batch, sent(part, op.kind, op.micro_batch))
     assert predicted > 2**19
     assert predicted == pytest.approx(tracker.peak_bytes(), rel=0.03)
 

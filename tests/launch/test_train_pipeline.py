@@ -9,28 +9,18 @@ from typing import Any
 
 import pytest
 import torch
+from curves import assert_same_curve
 from train_cases import exact, lines, preferences, recipe, run, trained, write_rows
 from transformers import AutoModelForCausalLM
 
 from distrib.pipeline import record
 from launch.export import export
 
-FIGURES = ("loss", "grad_norm", "tokens", "nonpad_tokens", "loss_tokens")
 SHAPE = {"num_hidden_layers": 3}
 
 
 def twobp(**fields: Any) -> list[dict[str, Any]]:
     return [{"name": "twobp", **fields}]
-
-
-def curve(folder: Path) -> list[list[float]]:
-    return [[line[key] for key in FIGURES] for line in lines(folder)]
-
-
-def assert_same_curve(found: Path, expected: Path, bound: float) -> None:
-    for mine, theirs in zip(curve(found), curve(expected), strict=True):
-        assert mine == pytest.approx(theirs, rel=bound)
-    assert lines(found, "samples") == lines(expected, "samples")
 
 
 @pytest.mark.parametrize(
@@ -77,8 +67,6 @@ def test_final_and_export_are_whole(tmp_path: Path, dataset: str, model_folder: 
         assert torch.equal(stages[name], exported[name])
         torch.testing.assert_close(stages[name], weight, rtol=1e-5, atol=1e-7)
         assert (weight - begun[name]).norm() > 1e-4 * begun[name].norm()
-    index = [json.loads(path.read_text()) for path in (tmp_path / "stages" / "final").glob("*.index.json")]
-    assert not index
 
 
 def test_preferences_with_a_reference_in_stages_too(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from curves import assert_same_curve, curve
 from train_cases import exact, lines, preferences, recipe, run, trained, write_rows
 from transformers import AutoModelForCausalLM
 
@@ -17,17 +18,6 @@ from launch.export import export
 from launch.plan import plan
 
 TWO = {"name": "fsdp2", "tensor_parallel": 2}
-FIGURES = ("loss", "grad_norm", "tokens", "nonpad_tokens", "loss_tokens")
-
-
-def curve(folder: Path) -> list[list[float]]:
-    return [[line[key] for key in FIGURES] for line in lines(folder)]
-
-
-def assert_same_curve(found: Path, expected: Path, bound: float) -> None:
-    for mine, theirs in zip(curve(found), curve(expected), strict=True):
-        assert mine == pytest.approx(theirs, rel=bound)
-    assert lines(found, "samples") == lines(expected, "samples")
 
 
 @pytest.mark.parametrize(

@@ -201,11 +201,7 @@ def test_a_run_is_bitwise_the_same_with_and_without(tmp_path: Path, rows: dict[s
     assert samples[0] == samples[1]
 
 
-def test_what_is_said_at_the_start(
-    tmp_path: Path, rows: dict[str, str], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # A command that another test ran in this process shows notes itself.
-    monkeypatch.setattr(logging.getLogger("ebbtide"), "propagate", True)
+def test_what_is_said_at_the_start(tmp_path: Path, rows: dict[str, str], caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, logger="ebbtide"):
         train(asked(tmp_path, rows, verify=True, max_steps=1), Topology())
     (line,) = [record.getMessage() for record in caplog.records if record.getMessage().startswith("verify:")]
