@@ -48,7 +48,7 @@ def train(recipe, topology):
             stop = torch.tensor([len(asked)])
             dist.all_reduce(stop)
             if stop.item():
-                time.sleep(0.5)
+                time.sleep(float(os.environ.get("SAVING_TAKES", 0.5)))
                 print("saved", file=said, flush=True)
                 raise Interrupted("stopped after step 3; the same command goes on from there")
             time.sleep(0.02)
@@ -179,7 +179,7 @@ def test_a_stop_signal_lets_the_ranks_save_and_twice_is_as_good(
 
 
 def test_a_second_ctrl_c_stops_at_once(environment: dict[str, str]) -> None:
-    with started("endless", environment) as process:
+    with started("endless", environment | {"SAVING_TAKES": "30"}) as process:
         eventually(lambda: [note.count("ready") for note in notes(environment)] == [1, 1])
         process.send_signal(signal.SIGINT)
         time.sleep(0.1)
