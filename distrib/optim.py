@@ -12,13 +12,14 @@ from torch import nn
 from torch.optim import Optimizer
 
 from distrib.errors import Refused, choose
+from distrib.optim4bit import AdamW4bit
 
-ELEMENTWISE = {"adamw", "adam", "sgd", "nadam", "radam", "adamax", "adagrad", "rmsprop"}
+ELEMENTWISE = {"adamw", "adamw4bit", "adam", "sgd", "nadam", "radam", "adamax", "adagrad", "rmsprop"}
 
 
 @dataclass(frozen=True)
 class OptimizerSpec:
-    """`name` is one of torch.optim's, lower case. Weight decay leaves vectors (norms, biases) alone."""
+    """`name` is one of torch.optim's, lower case, or `adamw4bit`. Weight decay leaves vectors (norms, biases) alone."""
 
     name: str = "adamw"
     betas: tuple[float, float] = (0.9, 0.999)
@@ -51,6 +52,8 @@ def _make(spec: OptimizerSpec, groups: list[dict[str, Any]]) -> Optimizer:
     match spec.name:
         case "adamw":
             return optim.AdamW(groups, lr=0.0, betas=spec.betas, eps=spec.eps, fused=True)
+        case "adamw4bit":
+            return AdamW4bit(groups, lr=0.0, betas=spec.betas, eps=spec.eps)
         case "adam":
             return optim.Adam(groups, lr=0.0, betas=spec.betas, eps=spec.eps, fused=True)
         case "nadam":

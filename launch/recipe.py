@@ -44,7 +44,10 @@ Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Text = Annotated[str, Field(min_length=1)]
-OptimizerName = Literal["adamw", "adam", "sgd", "nadam", "radam", "adamax", "adagrad", "rmsprop", "adafactor"]
+OptimizerName = Literal[
+    "adamw", "adamw4bit", "adam", "sgd", "nadam", "radam", "adamax", "adagrad", "rmsprop", "adafactor"
+]
+ADAMS = ("adamw", "adamw4bit", "adam", "nadam", "radam", "adamax")
 
 
 class Section(BaseModel):
@@ -122,9 +125,9 @@ class Strategy(BaseModel):
 
 class Optimizer(Section):
     name: OptimizerName = "adamw"
-    """PyTorch's optimizer of this name."""
+    """PyTorch's optimizer of this name; `adamw4bit` is AdamW with its states in four bits."""
     betas: Annotated[tuple[Share, Share], BeforeValidator(_pair)] = (0.9, 0.999)
-    """Decay of the running means of `adamw`, `adam`, `nadam`, `radam`, `adamax`."""
+    """Decay of the running means of `adamw`, `adamw4bit`, `adam`, `nadam`, `radam`, `adamax`."""
     eps: Positive = 1e-8
     """Added to the denominator."""
     momentum: Share = 0.0
@@ -134,7 +137,7 @@ class Optimizer(Section):
     def _fits(self) -> Optimizer:
         if self.momentum and self.name not in ("sgd", "rmsprop"):
             raise Refused(f"optimizer.momentum={self.momentum} with {self.name}: only sgd and rmsprop use it")
-        if self.betas != (0.9, 0.999) and self.name not in ("adamw", "adam", "nadam", "radam", "adamax"):
+        if self.betas != (0.9, 0.999) and self.name not in ADAMS:
             raise Refused(f"optimizer.betas={list(self.betas)} with {self.name}: only Adam's family uses them")
         return self
 

@@ -15,6 +15,11 @@ from distrib.optim import OptimizerSpec
 from distrib.topology import Topology
 
 NAMES = ("ddp", "fsdp2", "zero")
+NOT_ZEROS = {
+    "adagrad": "DeepSpeed cannot take its groups",
+    "adamw4bit": "its blocks are parts of rows, which DeepSpeed flattens",
+}
+"""Optimizers that `zero` does not run, and why."""
 
 Fill = Callable[[nn.Module, str], None]
 """Gives the meta parameters of one unit of a model their values, on the CPU."""
@@ -37,9 +42,9 @@ def check(name: str, settings: Settings, topology: Topology) -> None:
         raise choose("engine.name", name, NAMES)
     if settings.optimizer:
         settings.optimizer.check(sharded=name != "ddp")
-        if name == "zero" and settings.optimizer.name == "adagrad":
+        if name == "zero" and (why := NOT_ZEROS.get(settings.optimizer.name)):
             raise Refused(
-                "optimizer.name='adagrad' with engine.name='zero': DeepSpeed cannot take its groups; choose "
+                f"optimizer.name={settings.optimizer.name!r} with engine.name='zero': {why}; choose "
                 "adamw, or engine ddp or fsdp2"
             )
     if topology.tensor > 1:
@@ -60,6 +65,11 @@ def _check_tensor(name: str, settings: Settings, topology: Topology) -> None:
         raise Refused(f"{asked} with a world of {topology.world}: start a multiple of {topology.tensor} ranks")
     if settings.compile:
         raise Refused(f"compile=true with {asked}: set compile=false")
+    if settings.optimizer and settings.optimizer.name == "adamw4bit":
+        raise Refused(
+            f"optimizer.name='adamw4bit' with {asked}: its blocks are parts of whole rows; choose adamw, or set "
+            "engine.tensor_parallel=1"
+        )
 
 
 def _check_stages(name: str, topology: Topology) -> None:

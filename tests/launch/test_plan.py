@@ -124,10 +124,10 @@ def test_layers_of_several_kinds_are_carried_on_by_their_period() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["adamw", "adam", "nadam", "radam", "adamax", "sgd", "adagrad", "rmsprop", "adafactor"]
+    "name", ["adamw", "adamw4bit", "adam", "nadam", "radam", "adamax", "sgd", "adagrad", "rmsprop", "adafactor"]
 )
 def test_optimizer_states_are_those_of_a_real_step(name: str) -> None:
-    shapes = [(64, 48), (96,)]
+    shapes = [(64, 48), (96,), (5, 130)]
     parameters = [torch.nn.Parameter(torch.ones(shape)) for shape in shapes]
     optimizer = OptimizerSpec(name).build((str(index), p) for index, p in enumerate(parameters))
     for parameter in parameters:

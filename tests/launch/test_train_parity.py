@@ -130,7 +130,9 @@ def test_every_optimizer_updates_as_torch_does(tmp_path: Path, dataset: str, mod
         assert_close(figures(tmp_path / engine), expected, 1e-5)
 
 
-@pytest.mark.parametrize(("name", "engine"), [("adafactor", "fsdp2"), ("adafactor", "zero3"), ("adagrad", "zero1")])
+@pytest.mark.parametrize(
+    ("name", "engine"), [("adafactor", "fsdp2"), ("adafactor", "zero3"), ("adagrad", "zero1"), ("adamw4bit", "zero2")]
+)
 def test_an_optimizer_that_an_engine_cannot_run_is_refused_before_anything_is_built(
     tmp_path: Path, dataset: str, name: str, engine: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

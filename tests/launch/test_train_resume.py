@@ -15,10 +15,12 @@ MODELS: dict[str, dict[str, Any]] = {
     "full": {"config_overrides": {"attention_dropout": 0.2}},
     "lora": {"lora_r": 4, "lora_dropout": 0.2},
     "bf16": {"bf16": True, "lora_r": 4, "lora_dropout": 0.2},
+    "4bit": {"optimizer": "adamw4bit", "config_overrides": {"hidden_size": 128, "intermediate_size": 200}},
 }
 CASES = [(engine, world, "full") for engine in ENGINES for world in (1, 2)]
 CASES += [(engine, 2, "lora") for engine in ("ddp", "fsdp2", "zero2", "zero3")]
 CASES += [(engine, 2, "bf16") for engine in ("fsdp2", "zero1")]
+CASES += [("ddp", 1, "4bit"), ("ddp", 2, "4bit"), ("fsdp2", 2, "4bit")]
 
 
 def final(folder: Path) -> dict[str, bytes]:
@@ -102,7 +104,9 @@ AT_ANOTHER: dict[str, dict[str, Any]] = {
     "full": {"weight_decay": 0.1, "learning_rate": 1e-3},
     "lora": {"weight_decay": 0.1, "learning_rate": 1e-3, "lora_r": 4},
     "bf16": {"bf16": True, "learning_rate": 1e-2, "lr_scheduler_type": "constant"},
+    "4bit": {"learning_rate": 1e-3, **MODELS["4bit"]},
 }
+CROSSED = [(engine, model) for engine in ("ddp", "fsdp2", "zero1", "zero3") for model in AT_ANOTHER]
 
 
 @pytest.fixture(scope="module")
@@ -114,9 +118,10 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory, dataset: str) -> dic
     return folders
 
 
-@pytest.mark.parametrize("model", AT_ANOTHER)
+@pytest.mark.parametrize(
+    ("engine", "model"), [case for case in CROSSED if case not in (("zero1", "4bit"), ("zero3", "4bit"))]
+)
 @pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
-@pytest.mark.parametrize("engine", ["ddp", "fsdp2", "zero1", "zero3"])
 def test_a_run_goes_on_at_another_number_of_ranks_to_rounding(
     tmp_path: Path,
     dataset: str,
