@@ -9,8 +9,9 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 
@@ -38,6 +39,8 @@ class Manifest:
     world: int
     engine: str
     global_batch: int
+    step: dict[str, Any] = field(default_factory=dict)
+    """What the step must know to go on as it would have."""
 
 
 def checkpoints(run: Path) -> list[Path]:

@@ -12,11 +12,11 @@ and whatever else the objective reads, one value a row ([B]) or a token ([B, T],
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -33,11 +33,13 @@ MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids")
 
 @dataclass(frozen=True)
 class Context:
-    """What a step must know beside its micro-batches. `weight` is W of the global batch, over all ranks."""
+    """What a step must know beside its micro-batches. `weight` is W of the global batch, over all ranks; `steps` how
+    many the run will have, where that is known."""
 
     seed: int
     step: int
     weight: float
+    steps: int | None = None
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,17 @@ class Step(Protocol):
     def logprobs(self, micro_batches: Sequence[Batch], context: Context) -> list[Tensor]:
         """Log-probability of every labelled token, [B, T] a micro-batch, 0 elsewhere; no graph is kept."""
         ...
+
+
+@runtime_checkable
+class Remembers(Protocol):
+    """A step with a state beside the engine's."""
+
+    def state(self) -> dict[str, Any]:
+        """As JSON; the same on every rank, and every rank calls it."""
+        ...
+
+    def restore(self, kept: Mapping[str, Any]) -> None: ...
 
 
 class Engine(Protocol):

@@ -24,7 +24,7 @@ import torch.distributed as dist
 
 from distrib import checkpoint
 from distrib.checkpoint import Manifest, Progress
-from distrib.contracts import Batch, Context, Engine, Step, Window
+from distrib.contracts import Batch, Context, Engine, Remembers, Step, Window
 from distrib.energy import Account, Meter, Reading
 from distrib.errors import Interrupted, NotFinite, OutOfMemory, UserError
 from distrib.journal import Journal
@@ -208,7 +208,7 @@ class Loop:
 
     def _update(self, index: int, window: Window, weight: float) -> tuple[float, float, float]:
         """The loss, the gradient's norm and the learning rate of one step; an error leaves the weights as they were."""
-        context = Context(self.plan.seed, index, weight)
+        context = Context(self.plan.seed, index, weight, self.plan.steps)
         batches = self._to_device(window.micro_batches)
         self.annotate(batches, context)
         self.engine.module.train()
@@ -282,7 +282,8 @@ class Loop:
         energy, self._checkpoint_mark = self._energy_since(self._checkpoint_mark, progress)
         if self._journals:
             self._journals["energy"].write({"step": progress.step, **energy.as_dict()})
-        manifest = Manifest(progress, self.topology.world, self.engine.name, self.plan.global_batch)
+        state = self.step.state() if isinstance(self.step, Remembers) else {}
+        manifest = Manifest(progress, self.topology.world, self.engine.name, self.plan.global_batch, state)
         checkpoint.save(self.plan.run, self.engine, manifest, self.plan.save_total_limit)
         self._saved = progress.step
 
@@ -324,7 +325,7 @@ class Loop:
         return [{name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()} for batch in batches]
 
 
-def resume(plan: Plan, engine: Engine, chosen: Path | None) -> Progress:
+def resume(plan: Plan, engine: Engine, step: Step, chosen: Path | None) -> Progress:
     """Load `chosen`, or the newest checkpoint of the run; a fresh start when there is none."""
     found = checkpoint.checkpoints(plan.run)
     source = chosen or (found[-1] if found else None)
@@ -333,6 +334,8 @@ def resume(plan: Plan, engine: Engine, chosen: Path | None) -> Progress:
     manifest = checkpoint.read_manifest(source)
     _check_fit(plan, engine, source, manifest)
     engine.load(source / "engine")
+    if isinstance(step, Remembers):
+        step.restore(manifest.step)
     return manifest.progress
 
 

@@ -21,6 +21,7 @@ from launch.settings import settings_of
 from launch.tokenizer import load_tokenizer
 from strategies.core.compare import Promise
 from strategies.core.objectives import Objective
+from strategies.lowbit.frozen import numbers
 
 if TYPE_CHECKING:
     import torch
@@ -98,11 +99,14 @@ class Parts:
 def described(parts: Parts) -> dict[str, Any]:
     """The model, for people who compare."""
     built = build(parts.recipe, parts.config)
-    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in built.parameters()]
+    sizes = [(size, parameter.requires_grad) for parameter, size in numbers(built)]
+    precision = "bfloat16" if parts.recipe.bf16 else "float32"
+    if parts.recipe.load_in_4bit:
+        precision += f", frozen layers in {parts.recipe.bnb_4bit_quant_type}"
     return {
         "name": parts.recipe.model_name_or_path,
         "type": parts.config.model_type,
         "parameters": sum(size for size, _ in sizes),
         "trainable_parameters": sum(size for size, trained in sizes if trained),
-        "dtype": "bfloat16" if parts.recipe.bf16 else "float32",
+        "dtype": precision,
     }

@@ -56,6 +56,10 @@ def _row(side: str, length: int, options: Options, book: Book, recipe: Recipe, r
         return row | {"status": "not run", "why": "stopped before it was measured"}
     row |= {"status": "ok", **speed(times), **energy(times), "against": _against(side, length, options, book)}
     row["accounts"] = times[-1].get("accounts")
+    row["gemm"] = next((said["gemm"] for said in (row["accounts"] or {}).values() if "gemm" in said), None)
+    if row["gemm"] and row["gemm"]["emulated"]:
+        # The time of an emulation is no time of what it stands for.
+        row["against"] = {}
     memory = Task("memory", side, length)
     if memory in book:
         row["activation_peak_bytes"] = book[memory].get("activation_peak_bytes")

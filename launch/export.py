@@ -10,12 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from distrib import checkpoint
+from distrib.contracts import Engine
 from distrib.engines import Settings, make
 from distrib.errors import UserError
 from distrib.topology import Topology
 from launch.models import Weights, build, has_random_weights, load_config
 from launch.recipe_file import load_recipe
 from launch.tokenizer import load_tokenizer
+from strategies.lowbit.frozen import restored
 
 if TYPE_CHECKING:
     from launch.recipe import Recipe
@@ -39,12 +41,22 @@ def export(run: Path, output: Path | None, merge: bool) -> dict[str, Any]:
     model = _load(recipe, found[-1])
     config = load_config(recipe)
     if merge:
+        # Into 4 bits again what was learned could be rounded away.
+        restored(model, _precision(recipe))
+        vars(config).pop("quantization_config", None)
         merged = model.merge_and_unload()  # type: ignore[operator]
         write_folder(recipe.model_copy(update={"lora_r": 0}), config, merged.state_dict(), target)
     else:
         write_folder(recipe, config, model.state_dict(), target)
     step = checkpoint.read_manifest(found[-1]).progress.step
-    return {"folder": str(target), "step": step, "kind": _kind(recipe, merge)}
+    result = {"folder": str(target), "step": step, "kind": _kind(recipe, merge)}
+    if merge and recipe.load_in_4bit:
+        result["base"] = f"decoded from {recipe.bnb_4bit_quant_type}, merged in {_precision(recipe)}"
+    return result
+
+
+def _precision(recipe: Recipe) -> torch.dtype:
+    return torch.bfloat16 if recipe.bf16 else torch.float32
 
 
 def _kind(recipe: Recipe, merge: bool) -> str:
@@ -53,10 +65,7 @@ def _kind(recipe: Recipe, merge: bool) -> str:
 
 def _load(recipe: Recipe, source: Path) -> nn.Module:
     """The run's model as it was at a checkpoint, whole, on the CPU."""
-    topology = Topology()
-    config = load_config(recipe)
-    model = build(recipe, config)
-    engine = make("ddp", model, Weights(recipe, config, topology).fill, topology, Settings(optimizer=None))
+    model, engine = _untrained(recipe, load_config(recipe))
     if checkpoint.read_manifest(source).engine == "zero":
         from distrib.engines.zero import read_weights
 
@@ -64,6 +73,12 @@ def _load(recipe: Recipe, source: Path) -> nn.Module:
     else:
         engine.load(source / "engine")
     return model
+
+
+def _untrained(recipe: Recipe, config: Any) -> tuple[nn.Module, Engine]:
+    topology = Topology()
+    model = build(recipe, config)
+    return model, make("ddp", model, Weights(recipe, config, topology).fill, topology, Settings(optimizer=None))
 
 
 def write_folder(recipe: Recipe, config: Any, state: dict[str, Tensor], folder: Path) -> None:
@@ -79,10 +94,9 @@ def write_folder(recipe: Recipe, config: Any, state: dict[str, Tensor], folder: 
     model: Any = build(recipe, config, next(iter(state.values())).dtype)
     if recipe.lora_r and has_random_weights(recipe):
         plain = recipe.model_copy(update={"lora_r": 0})
-        base = build(plain, config, torch.bfloat16 if recipe.bf16 else torch.float32)
-        weights = Weights(plain, config, Topology())
-        filled = make("ddp", base, weights.fill, Topology(), Settings(optimizer=None))
-        write_folder(plain, config, filled.full_state(), draft / "base")
+        base, _ = _untrained(recipe, config)
+        restored(base, _precision(recipe))
+        write_folder(plain, config, base.unload().state_dict(), draft / "base")  # type: ignore[operator]
         model.peft_config["default"].base_model_name_or_path = str((folder / "base").resolve())
     model.config.use_cache = True
     # PEFT would ask the hub whether the vocabulary grew, and save the embeddings if in doubt.

@@ -12,6 +12,8 @@ from typing import Any
 
 from torch import nn
 
+from strategies.lowbit.frozen import numbers
+
 # Dense products in bfloat16 with sums in float32, from the makers' data sheets.
 PEAK_FLOPS = {
     "B200": 2250e12,
@@ -41,6 +43,7 @@ def training_flops(model: nn.Module, config: Any, lengths: Sequence[int]) -> flo
 
 def token_flops(model: nn.Module, config: Any) -> float | None:
     """Of all products with weights. Of a layer's experts, those that a token meets."""
+    sizes = {id(parameter): size for parameter, size in numbers(model)}
     seen: set[int] = set()
     total = 0.0
     for module in model.modules():
@@ -53,7 +56,7 @@ def token_flops(model: nn.Module, config: Any) -> float | None:
             share = _expert_share(config) if weight.ndim == 3 else 1.0
             if share is None:
                 return None
-            total += (6 if weight.requires_grad else 4) * weight.numel() * share
+            total += (6 if weight.requires_grad else 4) * sizes[id(weight)] * share
     return total
 
 

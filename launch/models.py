@@ -17,8 +17,10 @@ from torch import Tensor, nn
 
 from distrib.errors import Refused, UserError, choose
 from distrib.topology import Topology
+from launch.four_bit import Stored, check_stored, hold_base, stored_in
 from launch.tokenizer import BYTE_VOCABULARY
 from strategies.core.edits import base_name
+from strategies.lowbit.frozen import Linear4bit, four_bit, quantize
 
 if TYPE_CHECKING:
     from launch.recipe import Recipe
@@ -64,11 +66,8 @@ def load_config(recipe: Recipe) -> Any:
                 f"{', '.join(BUILT_IN)}, a folder with config.json, or a hub name"
             ) from None
     _override(config, recipe.config_overrides)
-    if getattr(config, "quantization_config", None):
-        raise Refused(
-            f"model_name_or_path={recipe.model_name_or_path!r} holds quantized weights: training starts from "
-            "the original ones; name the model that it was made from"
-        )
+    if stored := stored_in(config):
+        check_stored(recipe, stored)
     if type(config) not in AutoModelForCausalLM._model_mapping and not recipe.trust_remote_code:
         raise UserError(
             f"model_name_or_path={recipe.model_name_or_path!r}: {type(config).__name__} is not a causal language "
@@ -138,7 +137,7 @@ def build(recipe: Recipe, config: Any, dtype: torch.dtype | None = None) -> nn.M
     """The model with parameters on the meta device and real buffers, with LoRA when the recipe asks for it.
 
     Trainable parameters are fp32 (they are the master weights); under `bf16` the frozen ones are bf16.
-    `dtype` overrides both.
+    `dtype` overrides both. Under `load_in_4bit` the frozen layers' matrices are bytes in any case.
     """
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
@@ -150,7 +149,10 @@ def build(recipe: Recipe, config: Any, dtype: torch.dtype | None = None) -> nn.M
     model.tie_weights()
     model.config.use_cache = False
     model.name_or_path = _absolute(recipe.model_name_or_path)
-    return _with_lora(recipe, model, dtype or torch.float32) if frozen else model
+    built = _with_lora(recipe, model, dtype or torch.float32) if frozen else model
+    if frozen and recipe.load_in_4bit:
+        hold_base(recipe, config, built)
+    return built
 
 
 def _with_lora(recipe: Recipe, model: nn.Module, dtype: torch.dtype) -> nn.Module:
@@ -209,6 +211,7 @@ class Weights:
         self._buffers: set[str] = set()
         self._converted: Mapping[str, Tensor] | None = None
         self._random = has_random_weights(recipe)
+        self._stored = Stored(self._files, self._tensor, f"model_name_or_path={recipe.model_name_or_path!r}")
         if not self._random:
             self._open()
 
@@ -223,6 +226,8 @@ class Weights:
         buffers = {name for name, _ in self._blueprint.named_buffers()} & self._blueprint.state_dict().keys()
         if needed <= self._files.keys():
             self._buffers = buffers & self._files.keys()
+        elif stored_in(self._blueprint.config):
+            raise self._refused(f"{min(needed - self._files.keys())} is not in it under this name")
         else:
             self._convert(folder)
             self._buffers = buffers
@@ -281,6 +286,8 @@ class Weights:
         """Give every meta parameter below `unit_name` its values, on the CPU; shared parameters stay shared."""
         unit = model.get_submodule(unit_name)
         drawn = self._draw(unit_name) if self._random else {}
+        for name, held in four_bit(unit, unit_name):
+            self._fill_4bit(held, base_name(f"{name}.weight"), drawn)
         owners = _owners(model)
         for name, old in list(unit.named_parameters(prefix=unit_name)):
             if old.device.type != "meta":
@@ -296,6 +303,26 @@ class Weights:
             if base_name(name) in self._buffers:
                 buffer.copy_(self._read(base_name(name), buffer))
 
+    def _fill_4bit(self, held: Linear4bit, name: str, drawn: Mapping[str, Tensor]) -> None:
+        """Codes that are there are taken as they are, anything else is quantized from the precision that it has."""
+        if name in self._stored:
+            stored = self._stored.layer(name)
+            if stored.form != held.form:
+                raise self._refused(f"{name} is {stored.form} there, the configuration wants {held.form}")
+            held.weight, held.scales = stored.weight, stored.scales
+        elif not self._random and stored_in(self._blueprint.config):
+            raise self._refused(f"{name} is not in 4 bits there")
+        else:
+            like = torch.empty(held.out_features, held.in_features, device="meta")
+            value = drawn[name] if self._random else self._read(name, like)
+            held.hold(quantize(value, held.kind, held.double_quant))
+
+    def _refused(self, why: str) -> UserError:
+        return Refused(
+            f"model_name_or_path={self._recipe.model_name_or_path!r} holds 4-bit weights that cannot be taken as they "
+            f"are: {why}; name the model that it was made from"
+        )
+
     def _draw(self, unit_name: str) -> dict[str, Tensor]:
         name = base_name(unit_name)
         unit = copy.deepcopy(self._blueprint.get_submodule(name))
@@ -310,15 +337,21 @@ class Weights:
         return {key: value.data for key, value in unit.named_parameters(prefix=name)}
 
     def _read(self, name: str, like: Tensor) -> Tensor:
-        if self._converted is None:
-            from safetensors import safe_open
-
-            with safe_open(self._files[name], "pt") as file:
-                value: Tensor = file.get_tensor(name)
+        if name in self._stored:
+            value = self._stored.layer(name).dequantized(torch.float32)
+        elif self._converted is None:
+            value = self._tensor(name)
         else:
             value = self._broadcast(name, like)
         if value.shape != like.shape:
             raise self._misshapen(name, value.shape, like.shape)
+        return value
+
+    def _tensor(self, name: str) -> Tensor:
+        from safetensors import safe_open
+
+        with safe_open(self._files[name], "pt") as file:
+            value: Tensor = file.get_tensor(name)
         return value
 
     def _misshapen(self, name: str, saved: torch.Size, wanted: torch.Size) -> UserError:

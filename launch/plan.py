@@ -87,7 +87,11 @@ class Planner:
         except Exception as error:
             return row | _failure(error)
         share = share_of(engine, self.recipe, self.sizes, self.spec, self.device.count, self.device.type)
-        return row | self._figures(forecast, share)
+        row |= self._figures(forecast, share)
+        if any(strategy.own_forward for strategy in sides.strategies_of(side)):
+            # Its products are not those whose rate was taken.
+            row |= {"flops": None, "tokens_per_s": None}
+        return row
 
     def _check(self, side: str, engine: Engine) -> None:
         settings = settings_of(self.recipe.model_copy(update={"engine": engine}))
@@ -182,7 +186,8 @@ def calibrate(recipe: Recipe, config: Any, layers: int, device_type: str) -> flo
     for module in model.modules():
         for name, old in module._parameters.items():
             if old is not None:
-                values = torch.randn(old.shape, dtype=old.dtype, device=device_type) * 0.02
+                # The bytes of a 4-bit base become zeros.
+                values = (torch.randn(old.shape, device=device_type) * 0.02).to(old.dtype)
                 module._parameters[name] = torch.nn.Parameter(values, old.requires_grad)
     model.to(device_type)
     settings = settings_of(recipe.model_copy(update={"engine": Engine()}))

@@ -225,7 +225,7 @@ class PipelinePlanner:
         if self.recipe.engine.name == "fsdp2":
             width, element = self.replicas, 2 if self.recipe.bf16 else SINGLE
             weights = -(-sum(p.nbytes for p in parameters) // width) + lasting
-            weights += element * sum(p.numel() for p in parameters)
+            weights += sum(p.numel() * (element if p.is_floating_point() else p.itemsize) for p in parameters)
         shapes = [(-(-p.shape[0] // width), *p.shape[1:]) for p in trained if p.ndim]
         states, temporary = optimizer_bytes(self.spec, shapes, self.device.type)
         gradients = SINGLE * sum(p.numel() for p in trained)

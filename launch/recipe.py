@@ -264,6 +264,13 @@ class Recipe(Section):
     lora_target_modules: Text | list[Text] = "all-linear"
     """Modules that get an adapter: `all-linear`, a list of names, or a regular expression."""
 
+    load_in_4bit: bool = False
+    """Holds the frozen layers' matrices in 4 bits; needs `lora_r`."""
+    bnb_4bit_quant_type: Literal["nf4", "fp4"] = "nf4"
+    """The 16 values of those 4 bits."""
+    bnb_4bit_use_double_quant: bool = False
+    """Holds the scales of those matrices in 8 bits."""
+
     seed: Annotated[int, Field(ge=0, le=2**32 - 1), BeforeValidator(_whole)] = 42
     """Of initial weights, data order and dropout."""
     logging_steps: Count = 1
@@ -312,6 +319,20 @@ def _model_rules(recipe: Recipe) -> None:
         raise Refused(f"strategy={names}: {twice[0]} is listed twice; name each once")
     if not recipe.lora_r and recipe.lora_dropout:
         raise Refused(f"lora_dropout={recipe.lora_dropout} with lora_r=0: set lora_r to train an adapter")
+    _four_bit_rules(recipe)
+
+
+def _four_bit_rules(recipe: Recipe) -> None:
+    if recipe.load_in_4bit and not recipe.lora_r:
+        raise Refused("load_in_4bit=true with lora_r=0: 4-bit weights do not train; set lora_r to train an adapter")
+    if recipe.load_in_4bit and recipe.engine.tensor_parallel > 1:
+        raise Refused(
+            f"load_in_4bit=true with engine.tensor_parallel={recipe.engine.tensor_parallel}: 4-bit weights are not "
+            "split; set engine.tensor_parallel=1"
+        )
+    for key in ("bnb_4bit_quant_type", "bnb_4bit_use_double_quant"):
+        if not recipe.load_in_4bit and getattr(recipe, key) != Recipe.model_fields[key].default:
+            raise Refused(f"{key}={getattr(recipe, key)} with load_in_4bit=false: set load_in_4bit=true")
 
 
 def _data_rules(recipe: Recipe) -> None:

@@ -35,10 +35,15 @@ MOST_GATHERED = 1_000_000_000
 
 @dataclass(frozen=True)
 class Unit:
-    """Elements of what is gathered at once."""
+    """Elements of what is gathered at once; those of a 4-bit base are bytes, whatever the precision."""
 
     elements: int = 0
     trainable: int = 0
+    packed: int = 0
+
+    def bytes_in(self, element: int) -> int:
+        """With so many bytes for each element that has a precision."""
+        return element * (self.elements - self.packed) + self.packed
 
 
 @dataclass(frozen=True)
@@ -46,7 +51,7 @@ class Sizes:
     """Of the whole model. `weight_bytes` has its buffers."""
 
     weight_bytes: int
-    elements: int
+    whole: Unit
     shapes: Sequence[tuple[int, ...]]
     """Of the trainable parameters."""
     layer: Unit
@@ -65,7 +70,7 @@ def sizes_of(model: Any) -> Sizes:
     layers = [_unit(layer) for _, layer in find_layers(model)]
     return Sizes(
         weight_bytes=sum(tensor.nbytes for tensor in (*parameters, *model.buffers())),
-        elements=sum(parameter.numel() for parameter in parameters),
+        whole=_unit(model),
         shapes=[tuple(parameter.shape) for parameter in parameters if parameter.requires_grad],
         layer=max(layers, key=lambda unit: unit.elements),
         embedding=_unit(model.get_input_embeddings()),
@@ -75,7 +80,11 @@ def sizes_of(model: Any) -> Sizes:
 
 def _unit(module: nn.Module) -> Unit:
     parameters = list(module.parameters())
-    return Unit(sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad))
+    return Unit(
+        sum(p.numel() for p in parameters),
+        sum(p.numel() for p in parameters if p.requires_grad),
+        sum(p.numel() for p in parameters if not p.is_floating_point()),
+    )
 
 
 @dataclass(frozen=True)
@@ -140,7 +149,7 @@ def _fsdp2(recipe: Recipe, sizes: Sizes, spec: OptimizerSpec, world: int, device
     shards = [(-(-shape[0] // world), *shape[1:]) for shape in sizes.shapes if shape]
     layer, embedding, head = sizes.layer, sizes.embedding, sizes.head
     # Unsynchronised gradients of adapters are whole on every rank.
-    frozen = sizes.trainable < sizes.elements
+    frozen = sizes.trainable < sizes.whole.elements
     kept = 1.0 if frozen and accumulates(recipe, world) else 1 / world
     return Share(
         sizes.weight_bytes / world,
@@ -148,10 +157,10 @@ def _fsdp2(recipe: Recipe, sizes: Sizes, spec: OptimizerSpec, world: int, device
         gradient_part=SINGLE / element * kept,
         all_gradients=SINGLE * sizes.trainable * kept,
         gathered={
-            "start": element * (embedding.elements + layer.elements),
-            "forward": element * 2 * layer.elements,
-            "head": element * (head.elements + layer.elements),
-            "backward": element * 2 * layer.elements,
+            "start": embedding.bytes_in(element) + layer.bytes_in(element),
+            "forward": 2 * layer.bytes_in(element),
+            "head": head.bytes_in(element) + layer.bytes_in(element),
+            "backward": 2 * layer.bytes_in(element),
         },
         buffers={
             "head": (element + SINGLE) * head.trainable,
@@ -166,10 +175,11 @@ def _zero(engine: Engine, recipe: Recipe, sizes: Sizes, spec: OptimizerSpec, wor
     element = 2 if recipe.bf16 else SINGLE
     part = -(-sizes.trainable // world)
     bucket = 2 * REDUCE_BUCKET if device_type == "cuda" else min(REDUCE_BUCKET, sizes.trainable)
-    weights, gathered = element * sizes.elements, {}
+    weights, gathered = sizes.whole.bytes_in(element), {}
     if engine.stage == 3:
         bucket = min(bucket, REDUCE_BUCKET)
-        whole = element * min(sizes.elements, MOST_GATHERED + sizes.layer.elements)
+        most = MOST_GATHERED + sizes.layer.elements
+        whole = min(weights, element * most)
         gathered = dict.fromkeys(("start", "forward", "head", "backward"), float(whole))
         weights = 0 if engine.offload else -(-weights // world)
     gradients = SINGLE * (sizes.trainable if engine.stage == 1 else part)

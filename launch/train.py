@@ -74,7 +74,7 @@ def _train(recipe: Recipe, topology: Topology, meter: Meter) -> dict[str, Any]:
     engine = step.engine
     if recipe.verify and parts.topology.stages > 1:
         check_pipeline(parts, step)
-    progress = resume(plan, engine, chosen_checkpoint)
+    progress = resume(plan, engine, step, chosen_checkpoint)
 
     console = Console(plan.steps, progress.step) if topology.main else None
     annotate = annotator(recipe, parts.config, engine, step)

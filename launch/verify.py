@@ -61,7 +61,7 @@ def gradient_error(recipe: Recipe, topology: Topology, length: int = LENGTH) -> 
 def _built(parts: Parts, dtype: torch.dtype | None, length: int) -> dict[str, Any]:
     step = parts.model(dtype, TrainedAdapter)
     annotate = annotator(parts.recipe, parts.config, step.engine, step)
-    whole = WholeModel(parts, dtype, TrainedAdapter) if parts.topology.stages > 1 else None
+    whole = WholeModel(parts, dtype, TrainedAdapter, step.strategies) if parts.topology.stages > 1 else None
     found = compared(parts, step, annotate, length, DRAWS, whole)
     if found is None:
         raise UserError("the first rows have no loss tokens; look at them with `ebbtide data`")
@@ -90,9 +90,12 @@ def _why_not_float64(parts: Parts) -> str | None:
 
 def _needed_bytes(parts: Parts) -> int:
     """Weights and gradients in float64, and on a CPU the copy that they are compared with."""
-    numbers = sum(parameter.numel() for parameter in build(parts.recipe, parts.config).parameters())
+    held = sum(
+        parameter.numel() * (8 if parameter.is_floating_point() else 1)
+        for parameter in build(parts.recipe, parts.config).parameters()
+    )
     shards = parts.topology.world if parts.recipe.engine.name == "fsdp2" else 1
-    return numbers * 8 * (3 if parts.topology.device_type == "cpu" else 2) // shards
+    return held * (3 if parts.topology.device_type == "cpu" else 2) // shards
 
 
 def _free_bytes(topology: Topology) -> int | None:
@@ -215,7 +218,7 @@ class Check:
         true_loss = self._over_ranks(self._true())
         true = kept_parts(self.engine)
         self.engine.zero_grad()
-        exact = [replace(strategy, **strategy.exact_with) for strategy in chosen]
+        exact = [s if s.own_forward else replace(s, **s.exact_with) for s in chosen]
         exact_error = None
         if exact != chosen:
             found = self._against(true, exact)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,9 @@ from distrib.topology import Topology
 from distrib.units import units
 from launch.models import Weights, build
 from strategies.core.compare import TOLERANCES
+from strategies.core.contract import Strategy
 from strategies.core.objectives import Objective
+from strategies.core.prepare import edit
 from strategies.core.truth import statistics, true_gradients
 
 if TYPE_CHECKING:
@@ -32,10 +34,14 @@ Source = Callable[[Any, Any, Topology], Weights]
 class WholeModel:
     """The model in this process, with the weights that the stages began with."""
 
-    def __init__(self, parts: Parts, dtype: torch.dtype | None, weights: Source) -> None:
+    def __init__(
+        self, parts: Parts, dtype: torch.dtype | None, weights: Source, strategies: Sequence[Strategy] = ()
+    ) -> None:
         self.topology = _alone(parts.topology)
         recipe = parts.recipe if dtype is None else parts.recipe.model_copy(update={"bf16": False})
         model = build(recipe, parts.config, dtype)
+        if own := [strategy for strategy in strategies if strategy.own_forward]:
+            edit(model, own, self.topology)
         source = weights(recipe, parts.config, self.topology)
         settings = Settings(optimizer=None, bf16=recipe.bf16)
         self.engine = make("ddp", model, source.fill, self.topology, settings)

@@ -12,6 +12,8 @@ import torch
 from ranks import Ranks
 
 torch.set_num_threads(1)
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton
 
 
 @pytest.fixture(scope="session")

@@ -18,6 +18,7 @@ from distrib.topology import Topology
 from distrib.units import units
 from launch.models import Weights, build, load_config
 from launch.recipe import Recipe
+from strategies.lowbit.frozen import four_bit
 
 IGNORE = -100
 
@@ -99,6 +100,14 @@ def reference(made_from: Recipe, rows: list[tuple[list[int], int]], dtype: torch
         logits = model(input_ids=torch.tensor([tokens])).logits[0]
         (F.cross_entropy(logits[prompt - 1 : -1], torch.tensor(tokens[prompt:]), reduction="sum") / learned).backward()
     return {name: p.grad for name, p in model.named_parameters() if p.requires_grad and p.grad is not None}
+
+
+def packed_bytes(topology: Topology, made_from: Recipe) -> int:
+    """What this rank has of a 4-bit base."""
+    engine, _ = make_engine(topology, made_from, torch.float32)
+    held = [p for _, linear in four_bit(engine.model) for p in (linear.weight, linear.scales)]
+    local = [p.to_local() if isinstance(p, DTensor) else getattr(p, "ds_tensor", p) for p in held]
+    return sum(p.nbytes for p in local)
 
 
 def gradients(

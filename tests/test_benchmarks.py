@@ -6,7 +6,10 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
+import fourbit_linear
+import fourbit_loss
 import pipeline
 import pytest
 from rows import in_fresh_process
@@ -66,3 +69,34 @@ def test_real_stages_are_measured_in_both_runtimes() -> None:
     assert rows["h1"]["bound"] > 1
     # Two micro-batches of stage 0.
     assert [row["held"] for row in rows.values()] == pytest.approx([rows["1f1b"]["held"]] * 3, rel=0.05)
+
+
+def test_losses_are_those_of_rounded_forwards_and_runs_are_kept(tmp_path: Path) -> None:
+    sides, output = ["bf16", "fp4 paper", "int4 hq_bs"], tmp_path / "runs"
+    options = ["--quick", "--sides", ",".join(sides), "--output", str(output)]
+    done = subprocess.run([sys.executable, fourbit_loss.__file__, *options], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout)["rows"]
+    assert [row["side"] for row in rows] == sides
+    base, target, rounded = rows
+    # Of 256 bytes, hardly trained.
+    assert 4 < base["trained"]["loss"][0] < 6
+    assert base["trained"]["ratio"] == base["exported"]["ratio"] == 1
+    # The paper ends in its target precision, which is what is exported.
+    assert target["trained"]["loss"] == target["exported"]["loss"] != base["trained"]["loss"]
+    assert rounded["trained"]["loss"] != rounded["exported"]["loss"]
+    kept = output.read_text()
+    cases = [fourbit_loss.Case(**json.loads(line)["case"]) for line in kept.splitlines()]
+    runs = fourbit_loss.finished(cases, output, 1)
+    assert fourbit_loss.summary(sides, [runs[replace(cases[0], side=side)] for side in sides]) == rows
+    assert output.read_text() == kept
+
+
+def test_one_linear_is_measured_with_how_its_products_run() -> None:
+    done = subprocess.run([sys.executable, fourbit_linear.__file__, "--quick"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    ((_, rows),) = json.loads(done.stdout)["sizes"].items()
+    assert [row["side"] for row in rows] == ["fp32", "int4 of fp32", "bf16", "int4 of bf16"]
+    for row in rows[1::2]:
+        assert len(row["products"]) == 3
+        assert (row["fp32_over_step_s"] is None) == ("emulated" in row["products"])

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import nn
 
-from distrib.contracts import Engine, Step
+from distrib.contracts import Context, Engine, Step
 from distrib.topology import Topology
 
 if TYPE_CHECKING:
@@ -40,6 +41,9 @@ class Strategy:
     """For a strategy that is not exact: fields under which it is, so that everything but the estimate is tested."""
     bound: ClassVar[float | None] = None
     """For an approximation: the most that its mean gradient is off, relative to the gradient; of every parameter."""
+    own_forward: ClassVar[bool] = False
+    """Whether it computes another function than the model. Its gradients are then held to those of that function, which
+    its edits have as `true_forward`."""
     compiles: ClassVar[bool] = True
     """Whether it is right with blocks that torch.compile compiled."""
     tensor_parallel: ClassVar[bool] = False
@@ -76,6 +80,18 @@ class Strategy:
     def step(self, model: nn.Module, engine: Engine, objective: Objective) -> Step | None:
         """What runs a global batch, or None for plain forward and backward."""
         return None
+
+    @contextmanager
+    def running(self, model: nn.Module, context: Context) -> Iterator[None]:
+        """Around every step."""
+        yield
+
+    def state(self, model: nn.Module) -> dict[str, Any]:
+        """What a checkpoint must keep of it, as JSON; the same on every rank."""
+        return {}
+
+    def restore(self, model: nn.Module, state: dict[str, Any]) -> None:
+        """What `state` gave."""
 
     def account(self, model: nn.Module) -> dict[str, Any] | None:
         """What it did to this model and what that cost, for the run's report; None when there is nothing to say. Every

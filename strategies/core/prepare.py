@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, Protocol, runtime_checkable
 
@@ -128,7 +128,12 @@ class Prepared:
             name, vocabulary = type(inner).__name__, inner.config.vocab_size
             refuse_leaks(self.step, self.engine.module, name, vocabulary, batches[0])
             self._packing_seen = True
-        result = self.step(batches, context or self._context(batches))
+        context = context or self._context(batches)
+        model = causal_lm(self.model)
+        with ExitStack() as stack:
+            for strategy in self.strategies:
+                stack.enter_context(strategy.running(model, context))
+            result = self.step(batches, context)
         if self._calls == 0:
             edits.assert_ran(causal_lm(self.model))
         self._calls += 1
@@ -137,6 +142,16 @@ class Prepared:
     def logprobs(self, micro_batches: Batches, context: Context | None = None) -> list[Tensor]:
         batches = _listed(micro_batches)
         return self.step.logprobs(batches, context or Context(torch.initial_seed(), self._calls, 1.0))
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint must keep of the strategies, by name."""
+        model = causal_lm(self.model)
+        kept = {name_of(strategy): strategy.state(model) for strategy in self.strategies}
+        return {name: state for name, state in kept.items() if state}
+
+    def restore(self, kept: Mapping[str, Any]) -> None:
+        for strategy in self.strategies:
+            strategy.restore(causal_lm(self.model), kept.get(name_of(strategy), {}))
 
     def accounts(self) -> dict[str, Any]:
         """What each strategy has to say of what it did, by name; every rank calls it."""

@@ -19,6 +19,7 @@ from torch import nn
 
 from distrib.errors import Refused
 from strategies.core.edits import Drop, whole
+from strategies.lowbit.frozen import numbers
 
 LAYERS = "layers"
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
@@ -136,7 +137,7 @@ def _cost(module: nn.Module, config: Any) -> float:
     experts = next((count for name in EXPERTS if (count := getattr(config, name, None))), 1)
     visited = min(1.0, (getattr(config, "num_experts_per_tok", None) or 1) / experts)
     shares = {2: 1.0, 3: visited}
-    return sum(parameter.numel() * shares.get(parameter.ndim, 0.0) for parameter in whole(module).parameters())
+    return sum(size * shares.get(parameter.ndim, 0.0) for parameter, size in numbers(whole(module)))
 
 
 def balance(costs: Sequence[float], stages: int, head: float) -> tuple[int, ...]:

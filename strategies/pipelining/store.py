@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -62,6 +62,32 @@ class Weight:
         else:
             total.add_(left @ right)
 
+    def add_whole(self, gradient: Tensor) -> None:
+        parameter = self.parameter
+        if parameter.grad is None:
+            parameter.grad = gradient if self.view is None else torch.zeros_like(parameter)
+            if self.view is None:
+                return
+        total = parameter.grad if self.view is None else parameter.grad.as_strided(*self.view)
+        total.add_(gradient)
+
+
+class Later(Protocol):
+    """A weight's gradient that waits."""
+
+    def run(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class WaitingGradient:
+    """Of a product that has a backward of its own."""
+
+    weight: Weight
+    product: Callable[[], Tensor]
+
+    def run(self) -> None:
+        self.weight.add_whole(self.product())
+
 
 @dataclass(frozen=True)
 class Waiting:
@@ -89,15 +115,24 @@ class Store(TorchFunctionMode):
     Under autocast a weight is copied once for all micro-batches, until `forget`, and what several products share once
     for them: autocast itself would have a copy for each."""
 
+    current: ClassVar[Store | None] = None
+    """Whose context this is."""
+
     def __init__(self) -> None:
         super().__init__()
-        self._waiting: dict[Hashable, list[Waiting]] = {}
-        self._open: list[Waiting] | None = None
+        self._waiting: dict[Hashable, list[Later]] = {}
+        self._open: list[Later] | None = None
         self._weights: dict[Hashable, tuple[int, Tensor]] = {}
         self._input: tuple[Tensor, int, Tensor] | None = None
 
+    def __enter__(self) -> Store:
+        Store.current = self
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
     def __exit__(self, *_: Any) -> None:
         self._input = None
+        Store.current = None
         super().__exit__(*_)  # type: ignore[no-untyped-call]
 
     def forget(self) -> None:
@@ -136,7 +171,7 @@ class Store(TorchFunctionMode):
             while waiting:
                 waiting.pop().run()
 
-    def put(self, waiting: Waiting) -> None:
+    def put(self, waiting: Later) -> None:
         if self._open is None:
             waiting.run()
         else:

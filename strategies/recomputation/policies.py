@@ -22,6 +22,8 @@ ACTIVATIONS = {
     *(aten.hardtanh, aten.hardswish, aten.hardsigmoid, aten.softplus, aten.log_sigmoid_forward),
 }
 PRODUCTS = {aten.bmm, aten.baddbmm, aten.mm, aten.addmm, aten.matmul}
+ROUNDS = "_ebbtide_lowbit"
+"""An attribute of linears that round their input."""
 _MIXES = {"attention_mask", "past_key_values", "position_embeddings", "cache_params", "position_ids"}
 
 
@@ -38,22 +40,30 @@ def _is_activation(kind: type) -> bool:
 
 
 @cache
-def _mixes(kind: Any) -> bool:
+def mixes_tokens(kind: Any) -> bool:
     """Whether tokens see each other in it."""
     return not _MIXES.isdisjoint(inspect.signature(kind.forward).parameters)
 
 
 def _attends(operation: Operation) -> bool:
-    return any(_mixes(original_class(module)) for module in operation.modules[1:])
+    return any(mixes_tokens(original_class(module)) for module in operation.modules[1:])
 
 
 def _norms(operation: Operation) -> bool:
-    return any(_is_norm(original_class(module)) for module in operation.modules[1:])
+    return any(_is_norm(original_class(module)) for module in operation.modules[1:]) or _rounds(operation, "norms")
+
+
+def _rounds(operation: Operation, policy: str) -> bool:
+    """What a linear does to round its input, where that is had again: codes are as well, then."""
+    product = operation.func.overloadpacket in PRODUCTS or "product" in str(operation.func)
+    return ROUNDS in vars(operation.modules[-1]) and not product and operation.is_made_of(policy)
 
 
 def _activations(operation: Operation) -> bool:
     """The function, and what is done element by element with its value before the next product."""
     if any(_is_activation(original_class(module)) for module in operation.modules[1:]):
+        return True
+    if _rounds(operation, "activations"):
         return True
     if _attends(operation) or _norms(operation):
         return False
@@ -64,7 +74,7 @@ def _activations(operation: Operation) -> bool:
 def _attention(operation: Operation) -> bool:
     """Scores, softmax and dropout, between the product of queries and keys and the one with values. An attention that
     is a single operator keeps none of them."""
-    if not (_attends(operation) and _mixes(original_class(operation.modules[-1]))):
+    if not (_attends(operation) and mixes_tokens(original_class(operation.modules[-1]))):
         return False
     follows = operation.follows("attention")
     return not follows if operation.func.overloadpacket in PRODUCTS else follows

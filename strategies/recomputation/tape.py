@@ -239,8 +239,16 @@ class Operation:
 
     def follows(self, policy: str) -> bool:
         """Whether one of its arguments is to be had again by this policy."""
-        places = (self._places.get(address(tensor)) for tensor in self.given)
-        return any(isinstance(place, Result) and policy in place.call.policies for place in places)
+        return any(self._is_had_again(tensor, policy) for tensor in self.given)
+
+    def is_made_of(self, policy: str) -> bool:
+        """Whether all of its arguments are, single numbers aside."""
+        several = [tensor for tensor in self.given if tensor.numel() > 1]
+        return bool(several) and all(self._is_had_again(tensor, policy) for tensor in several)
+
+    def _is_had_again(self, tensor: Tensor, policy: str) -> bool:
+        place = self._places.get(address(tensor))
+        return isinstance(place, Result) and policy in place.call.policies
 
 
 Policy = Callable[[Operation], frozenset[str]]
@@ -285,8 +293,12 @@ class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if isinstance(place, Kept):
                 place.freeze()
         outcome = func(*args, **kwargs)
-        made = self._weights if given and all(self._is_weight(tensor) for tensor in given) else self._born
-        made.update(map(address, tensors(outcome)))
+        of_weights = bool(given) and all(self._is_weight(tensor) for tensor in given)
+        made, others = (self._weights, self._born) if of_weights else (self._born, self._weights)
+        where = set(map(address, tensors(outcome)))
+        made |= where
+        # The address may be that of something that is gone.
+        others -= where
         if call is not None:
             before = {address(tensor) for tensor in given}
             for tensor in yields(func, args, kwargs, outcome):

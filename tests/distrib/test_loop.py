@@ -122,7 +122,7 @@ class Case:
         )
 
     def run(self) -> Progress:
-        return self.loop.run(resume(self.plan, self.engine, None))
+        return self.loop.run(resume(self.plan, self.engine, self.loop.step, None))
 
     def lines(self, name: str) -> list[dict[str, Any]]:
         return [json.loads(line) for line in (self.plan.run / f"{name}.jsonl").read_text().splitlines()]

@@ -56,6 +56,38 @@ def test_final_is_the_trainers_model(tmp_path: Path, dataset: str, engine: str, 
     )
 
 
+@pytest.mark.parametrize("lora_r", [0, 4])
+@pytest.mark.parametrize("strategy", [{"name": "int4", "preset": "paper"}, {"name": "fp4", "preset": "nvfp4"}])
+def test_a_model_trained_in_few_bits_is_an_ordinary_one(
+    tmp_path: Path, dataset: str, strategy: dict[str, Any], lora_r: int
+) -> None:
+    """As it is in evaluation, bit for bit; its names and types are those of a run without."""
+    from peft import AutoPeftModelForCausalLM
+    from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM
+
+    common: dict[str, Any] = {"learning_rate": 1e-2, "lora_r": lora_r, "config_overrides": {"num_hidden_layers": 2}}
+    found = trained(recipe(tmp_path / "few", dataset, strategy=strategy, **common), do="lowbit_cases:train_and_look")
+    trained(recipe(tmp_path / "plain", dataset, **common))
+    loader = AutoPeftModelForCausalLM if lora_r else AutoModelForCausalLM
+    few = loader.from_pretrained(tmp_path / "few" / "final").eval()
+    with torch.no_grad():
+        assert torch.equal(few(torch.arange(7)[None] + 99).logits, torch.from_numpy(found["logits"]))
+    file = "adapter_model.safetensors" if lora_r else "model.safetensors"
+    states = [load_file(tmp_path / name / "final" / file) for name in ("few", "plain")]
+    assert [{name: (x.dtype, x.shape) for name, x in state.items()} for state in states[:1]] == [
+        {name: (x.dtype, x.shape) for name, x in state.items()} for state in states[1:]
+    ]
+    assert not all(torch.equal(states[0][name], states[1][name]) for name in states[1])
+
+
+def test_learned_scales_are_the_same_on_every_rank(tmp_path: Path, dataset: str) -> None:
+    made = recipe(tmp_path, dataset, strategy={"name": "int4", "preset": "paper"})
+    one, other = (end.result["state"]["int4"] for end in run(made, 2, do="lowbit_cases:train_and_look"))
+    assert one == other
+    assert (one["updates"], len(one["sizes"])) == (4, 14)
+
+
 def test_the_written_configuration_is_the_models_own(tmp_path: Path, dataset: str, model_folder: Path) -> None:
     changes: dict[str, Any] = {"model_name_or_path": str(model_folder), "bf16": True}
     trained(recipe(tmp_path, dataset, **changes, config_overrides={"attention_dropout": 0.1}))

@@ -164,7 +164,7 @@ def test_engines_divide_what_they_shard() -> None:
 
 def test_frozen_weights_have_neither_gradient_nor_optimizer() -> None:
     sizes, found = share(1, lora_r=8)
-    assert sizes.trainable < 0.5 * sizes.elements
+    assert sizes.trainable < 0.5 * sizes.whole.elements
     assert found.all_gradients == 4 * sizes.trainable
     assert found.optimizer == pytest.approx(8 * sizes.trainable, rel=0.01)
 

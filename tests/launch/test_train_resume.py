@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 from collections import Counter
 from pathlib import Path
@@ -48,6 +49,51 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path: Path, dataset: str, engine: 
     ids = [number for line in lines(tmp_path / "cut", "samples") for number in line["ids"]]
     assert len(ids) == len(set(ids)) == 4 * STEPS
     assert set(Counter(number % 14 for number in ids[:28]).values()) == {2}
+
+
+SWITCHED: dict[str, dict[str, Any]] = {
+    "learned": {"name": "int4", "preset": "paper", "target_share": 0.5},
+    "forward": {"name": "fp4", "preset": "nvfp4", "target_share": 0.5, "target_forward": True},
+}
+
+
+def manifest(run: Path, step: int) -> dict[str, Any]:
+    kept: dict[str, Any] = json.loads((run / "checkpoints" / f"step-{step}" / "manifest.json").read_text())
+    return kept
+
+
+@pytest.mark.parametrize(
+    ("engine", "world", "kind"),
+    [("ddp", 1, "forward"), ("ddp", 2, "learned"), ("fsdp2", 2, "learned"), ("zero2", 2, "forward")],
+)
+def test_a_run_killed_before_and_after_its_target_precision_goes_on_bit_for_bit(
+    tmp_path: Path, dataset: str, engine: str, world: int, kind: str
+) -> None:
+    common = {"engine": ENGINES[engine], "max_steps": 6, "save_steps": 1, "strategy": SWITCHED[kind]}
+    cut = recipe(tmp_path / "cut", dataset, **common)
+    trained(recipe(tmp_path / "whole", dataset, **common), world)
+    for step, since in ((2, None), (4, 3)):
+        assert run(cut, world, ("kill_at", step))[0].code == -signal.SIGKILL
+        assert since == manifest(tmp_path / "cut", step)["step"][SWITCHED[kind]["name"]]["since"]
+    trained(cut, world)
+    assert_same_run(tmp_path / "cut", tmp_path / "whole")
+    kept = manifest(tmp_path / "cut", 6)["step"]
+    assert kept == manifest(tmp_path / "whole", 6)["step"]
+    assert bool(kept[SWITCHED[kind]["name"]].get("sizes")) == (kind == "learned")
+
+
+def test_a_longer_run_stays_in_its_target_precision(tmp_path: Path, dataset: str) -> None:
+    """A run of eight steps would have switched later."""
+    common = {"lr_scheduler_type": "constant", "save_steps": 1, "strategy": {"name": "int4", "target_share": 0.5}}
+    for steps in (4, 8):
+        trained(recipe(tmp_path / "longer", dataset, max_steps=steps, **common))
+    trained(recipe(tmp_path / "whole", dataset, max_steps=8, **common))
+    trained(recipe(tmp_path / "short", dataset, max_steps=4, **common))
+    assert manifest(tmp_path / "longer", 8)["step"]["int4"]["since"] == 2
+    assert manifest(tmp_path / "whole", 8)["step"]["int4"]["since"] == 4
+    losses = {name: [line["loss"] for line in lines(tmp_path / name)] for name in ("longer", "whole", "short")}
+    assert losses["longer"][:4] == losses["short"]
+    assert losses["longer"][2] != losses["whole"][2]
 
 
 def test_dropout_was_on_in_these_runs(tmp_path: Path, dataset: str) -> None:

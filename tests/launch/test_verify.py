@@ -82,6 +82,56 @@ def test_estimates_are_held_to_what_they_promise(tmp_path: Path, rows: dict[str,
     assert found["deviation"] > 0.05
 
 
+PRESETS: dict[str, dict[str, Any]] = {
+    "hq_bs": {"name": "int4"},
+    "learned": {"name": "int4", "preset": "paper"},
+    "paper": {"name": "fp4"},
+    "nvfp4": {"name": "fp4", "preset": "nvfp4"},
+    "mxfp4": {"name": "fp4", "preset": "mxfp4"},
+}
+LOWBIT = [(preset, {}) for preset in PRESETS] + [("hq_bs", {"packing": True}), ("learned", {"lora_r": 4})]
+SLOW_LOWBIT = [
+    (preset, changes)
+    for preset in PRESETS
+    for changes in ({"packing": True}, {"lora_r": 4})
+    if (preset, changes) not in LOWBIT
+]
+
+
+@pytest.mark.parametrize(
+    ("preset", "changes"), [*LOWBIT, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW_LOWBIT)]
+)
+def test_linears_in_few_bits_are_held_to_their_own_forward(
+    tmp_path: Path, rows: dict[str, str], preset: str, changes: dict[str, Any]
+) -> None:
+    found = gradient_error(asked(tmp_path, rows, strategy=PRESETS[preset], **changes), Topology(), 16)
+    assert (found["verdict"], found["dtype"], found["draws"]) == ("unbiased", "float64", 32)
+    assert found["loss"] == pytest.approx(found["loss_reference"], rel=1e-6)
+    assert found["deviation"] > 0.003
+
+
+@pytest.mark.parametrize(("engine", "preset"), [("fsdp2", "hq_bs"), ("zero2", "nvfp4")])
+def test_few_bits_in_half_precision_pass_before_a_run(
+    tmp_path: Path, rows: dict[str, str], engine: str, preset: str
+) -> None:
+    changes = {"bf16": True, "verify": True, "max_steps": 1}
+    trained(asked(tmp_path, rows, engine=ENGINES[engine], strategy=PRESETS[preset], **changes), 2)
+
+
+# What shows in so few draws: the others' gradients vary more.
+@pytest.mark.parametrize(("preset", "factor"), [("hq_bs", 1.05), ("paper", 1.05), ("nvfp4", 2.0)])
+def test_a_scale_that_is_off_in_few_bits_is_caught(
+    tmp_path: Path, rows: dict[str, str], monkeypatch: pytest.MonkeyPatch, preset: str, factor: float
+) -> None:
+    from strategies.lowbit import linear
+
+    right = linear.gradient_of_weight
+    monkeypatch.setattr(linear, "gradient_of_weight", lambda *given: factor * right(*given))
+    found = gradient_error(asked(tmp_path, rows, strategy=PRESETS[preset]), Topology(), 16)
+    assert found["verdict"] == "wrong"
+    assert found["worst"][0]["name"].endswith("proj.weight")
+
+
 @pytest.mark.parametrize(
     ("engine", "changes", "dtype"),
     [
@@ -174,6 +224,8 @@ TRACELESS: dict[str, tuple[int, dict[str, Any]]] = {
     "zero2": (2, {"engine": ENGINES["zero2"], "bf16": True}),
     "zero3": (2, {"engine": ENGINES["zero3"], "strategy": {"name": "seco"}}),
     "compiled": (1, {"compile": True}),
+    "learned scales": (1, {"strategy": {"name": "int4", "preset": "paper"}}),
+    "learned scales, zero2": (2, {"strategy": {"name": "int4", "preset": "paper"}, "engine": ENGINES["zero2"]}),
 }
 
 
@@ -182,7 +234,11 @@ TRACELESS: dict[str, tuple[int, dict[str, Any]]] = {
     [
         "dropout, lora",
         "zero2",
-        *(pytest.param(case, marks=pytest.mark.slow) for case in ("a stream", "fsdp2", "zero3", "compiled")),
+        "learned scales",
+        *(
+            pytest.param(case, marks=pytest.mark.slow)
+            for case in ("a stream", "fsdp2", "zero3", "compiled", "learned scales, zero2")
+        ),
     ],
 )
 def test_a_run_is_bitwise_the_same_with_and_without(tmp_path: Path, rows: dict[str, str], case: str) -> None:

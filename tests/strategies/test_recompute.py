@@ -18,6 +18,7 @@ import strategies
 from distrib.errors import Refused, UserError
 from distrib.tracker import Tracker
 from strategies.recomputation import block, tape
+from strategies.recomputation.cost import study
 
 Recompute = strategies.get("recompute")
 POLICIES = {
@@ -179,6 +180,14 @@ def test_what_is_written_in_place_runs_again_as_it_was(picked):
         out = layer(given)
     found = torch.autograd.grad(out.square().sum(), [given, *layer.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(found, right, strict=True))
+
+
+def test_taking_its_time_leaves_what_is_written_in_place_as_it_was():
+    layer, given = InPlace().double(), torch.randn(3, 6, dtype=torch.float64, requires_grad=True)
+    taken_down = tape.Tape(lambda op: frozenset({"full"}), [layer], {}, watch=True)
+    with torch.autograd.graph.saved_tensors_hooks(taken_down.pack, tape.unpack), taken_down:
+        layer(given)
+    assert not study(taken_down).wrong
 
 
 def test_a_tensor_changed_behind_its_layer_is_noticed():

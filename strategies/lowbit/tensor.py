@@ -1,0 +1,180 @@
+"""Quantized matrices: codes with scales, and the way there and back. Everything is computed in float32."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from strategies.lowbit.formats import E4M3, INT4, TENSOR, NumberFormat, Scaled
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """A matrix of `shape`. `codes` are whole numbers (int8) or FP8 numbers, padded to whole blocks; packed, two of 4
+    bits share a byte, the first in its low half. The scale of a block with a number that is not finite is none."""
+
+    codes: Tensor
+    scales: Tensor
+    """[rows of blocks, blocks of a row]; in E8M0 the exponents' bytes."""
+    of_tensor: Tensor | None
+    scaled: Scaled
+    shape: tuple[int, int]
+    packed: bool = False
+
+    def pack(self) -> Quantized:
+        if self.scaled.format.bits > 4 or self.packed:
+            return self
+        return replace(self, codes=packed(self.codes, self.scaled.format), packed=True)
+
+    def unpack(self) -> Quantized:
+        return replace(self, codes=unpacked(self.codes, self.scaled.format), packed=False) if self.packed else self
+
+    def row_scales(self) -> Tensor:
+        """[rows, 1], of codes: what makes their numbers of them is in it."""
+        by = self.scaled.format.integers_by or 1
+        return (self.block_scales() / by).expand(self.shape[0], 1)
+
+    def numbers(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Unscaled."""
+        return self.unpack().codes.to(dtype) / (self.scaled.format.integers_by or 1)
+
+    def turned(self) -> Quantized:
+        """Rows become columns. `row_scales` are left out: they belong into what is multiplied with it."""
+        assert self.scaled.turns
+        whole = self.unpack()
+        codes = whole.codes.T
+        if self.scaled.square:
+            return replace(whole, codes=codes, scales=self.scales.T, shape=self.shape[::-1])
+        codes = codes[: self.shape[1], : self.shape[0]]
+        by = torch.full((1, 1), float(self.scaled.format.integers_by or 1), device=codes.device)
+        return Quantized(codes, by, None, Scaled(self.scaled.format, TENSOR), self.shape[::-1])
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        blocks = as_blocks(self.numbers(torch.promote_types(dtype, torch.float32)), self.scaled)
+        made = blocks * self.block_scales()[:, None, :, None]
+        return from_blocks(made, self.shape).to(dtype)
+
+    def block_scales(self) -> Tensor:
+        """float32, that of the whole tensor within."""
+        if self.scaled.scale == "e8m0":
+            return (self.scales.int() << 23).view(torch.float32).where(self.scales != 255, torch.nan)
+        scales = self.scales.float()
+        return scales if self.of_tensor is None else scales * self.of_tensor
+
+
+def quantize(x_MK: Tensor, scaled: Scaled, uniform: Tensor | None = None) -> Quantized:
+    """To the nearest numbers, or with `uniform` numbers in [0, 1) of the same shape, stochastically."""
+    assert x_MK.ndim == 2
+    blocks = as_blocks(x_MK.float(), scaled)
+    largest = blocks.abs().amax((1, 3))
+    largest = torch.where(largest.isfinite(), largest, torch.nan)
+    scales, of_tensor = _scales(largest, scaled)
+    made = Quantized(blocks, scales, of_tensor, scaled, (x_MK.shape[0], x_MK.shape[1]))
+    x = blocks * inverse(made.block_scales())[:, None, :, None]
+    if uniform is None:
+        numbers = scaled.format.nearest(x)
+    else:
+        numbers = scaled.format.stochastic(x, as_blocks(uniform, scaled))
+    return replace(made, codes=coded(from_blocks(numbers, None), scaled.format))
+
+
+def _scales(largest: Tensor, scaled: Scaled) -> tuple[Tensor, Tensor | None]:
+    wanted = divided(largest, scaled.format.largest)
+    if scaled.scale == "float32":
+        return wanted, None
+    if scaled.scale == "e8m0":
+        return _e8m0(wanted) if scaled.up else _e8m0_down(largest, scaled.format), None
+    # A row more, as there may be none. A block that is not finite does not touch the others.
+    of_tensor = divided(F.pad(wanted.nan_to_num(0.0), (0, 0, 0, 1)).amax(), E4M3.largest)
+    return _e4m3(wanted * inverse(of_tensor), scaled.up), of_tensor
+
+
+def divided(x: Tensor, by: float) -> Tensor:
+    """To the last bit on every device: a GPU multiplies by the reciprocal of a number that is not on it."""
+    return x / torch.full_like(x, by)
+
+
+def inverse(scale: Tensor) -> Tensor:
+    """Zero where it would not be finite: what lies under so small a scale becomes zero."""
+    return torch.where(scale >= torch.finfo(torch.float32).tiny, 1 / scale, 0.0)
+
+
+def _e4m3(wanted: Tensor, up: bool) -> Tensor:
+    """A scale of zero would lose a block that is not zero."""
+    made = wanted.clamp(max=E4M3.largest).to(torch.float8_e4m3fn)
+    made = torch.where((wanted > 0) & (made.float() == 0), 2.0**-9, made.float()).to(torch.float8_e4m3fn)
+    if up:
+        bits = made.view(torch.uint8)
+        made = torch.where(made.float() < wanted, bits + 1, bits).clamp(max=0x7E).view(torch.float8_e4m3fn)
+    return torch.where(wanted.isnan(), torch.nan, made.float()).to(torch.float8_e4m3fn)
+
+
+def _e8m0(wanted: Tensor) -> Tensor:
+    """The power of two at or above; 255 says not a number."""
+    mantissa, exponent = torch.frexp(wanted)
+    # wanted = mantissa * 2^exponent, the mantissa in [0.5, 1)
+    return _exponents_byte(wanted, torch.where(mantissa == 0.5, exponent - 1, exponent))
+
+
+def _e8m0_down(largest: Tensor, format: NumberFormat) -> Tensor:
+    """As OCP's specification has it: brings the largest number into the grid's last binade, and beyond its end."""
+    return _exponents_byte(largest, torch.frexp(largest).exponent - math.frexp(format.largest)[1])
+
+
+def _exponents_byte(of: Tensor, exponent: Tensor) -> Tensor:
+    code = torch.where(of > 0, exponent + 127, 0).clamp(0, 254)
+    return torch.where(of.isnan(), 255, code).to(torch.uint8)
+
+
+def as_blocks(x_MK: Tensor, scaled: Scaled) -> Tensor:
+    """[rows of blocks, rows in a block, blocks of a row, columns in a block], padded with zeros."""
+    M, K = x_MK.shape
+    # Two codes share a byte.
+    width = max(K + K % 2, 2) if scaled.by_rows else int(scaled.block)
+    height = max(M, 1) if scaled.block == TENSOR else width if scaled.square else 1
+    rows, columns = -(-M // height), max(-(-K // width), 1)
+    padded = F.pad(x_MK, (0, columns * width - K, 0, rows * height - M))
+    return padded.view(rows, height, columns, width)
+
+
+def from_blocks(blocks: Tensor, shape: tuple[int, int] | None) -> Tensor:
+    rows, height, columns, width = blocks.shape
+    whole = blocks.reshape(rows * height, columns * width)
+    return whole if shape is None else whole[: shape[0], : shape[1]]
+
+
+def coded(numbers: Tensor, format: NumberFormat) -> Tensor:
+    by = format.integers_by
+    if by is None:
+        return numbers.to(torch.float8_e4m3fn)
+    return (numbers * by).nan_to_num_(0.0).to(torch.int8)
+
+
+def packed(codes: Tensor, format: NumberFormat) -> Tensor:
+    """INT4 in two's complement, E2M1 as sign, exponent and mantissa."""
+    nibbles = codes.view(torch.uint8) & 15 if format is INT4 else _nibbles(codes)
+    return nibbles[:, 0::2] | nibbles[:, 1::2] << 4
+
+
+def unpacked(pairs: Tensor, format: NumberFormat) -> Tensor:
+    nibbles = torch.stack([pairs & 15, pairs >> 4], -1).flatten(-2)
+    if format is INT4:
+        return (nibbles << 4).view(torch.int8) >> 4
+    return _doubled(nibbles)
+
+
+def _nibbles(doubled: Tensor) -> Tensor:
+    size = doubled.abs()
+    code = torch.where(size < 4, size, torch.where(size < 8, 2 + (size >> 1), 4 + (size >> 2)))
+    return code.view(torch.uint8) | (doubled < 0).to(torch.uint8) << 3
+
+
+def _doubled(nibbles: Tensor) -> Tensor:
+    """Twice the number that each code of E2M1 stands for."""
+    code = (nibbles & 7).view(torch.int8)
+    size = torch.where(code < 2, code, (2 + (code & 1)) << ((code >> 1) - 1).clamp(min=0))
+    return torch.where(nibbles > 7, -size, size)
