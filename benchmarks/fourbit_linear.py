@@ -3,10 +3,10 @@
     python benchmarks/fourbit_linear.py [--sizes 2048x4096x4096] [--repeats 9] [--threads 1]
     python benchmarks/fourbit_linear.py --quick
 
-Sizes are tokens x inputs x outputs. Each repeat has all sides in turn, the first one rotating, and ratios pair what one
-repeat measured: how many times faster the side is, above one. `int4` is the published recipe with bit splitting:
-Hadamard blocks of 32 and 4 bits a number in the forward, gradients as two numbers of 4 bits in the backward. How its
-products run is printed (y, dx, dw); where one is emulated, no ratio is. The table goes to stderr, JSON to stdout.
+Sizes are tokens x inputs x outputs. A side is one `nn.Linear` by autograd, as it is or as `int4` (hq_bs) and `fp4` make
+it, weights and inputs of the type named. Each repeat has all sides in turn, the first one rotating, and ratios pair
+what one repeat measured: how many times faster the side is, above one. How its products run is printed (y, dx, dw).
+Where one is emulated there is no ratio, and the side runs once. The table goes to stderr, JSON to stdout.
 """
 
 from __future__ import annotations
@@ -59,14 +59,13 @@ def parse() -> argparse.Namespace:
 
 def measured(tokens: int, inputs: int, outputs: int, repeats: int) -> list[Row]:
     made = sides(tokens, inputs, outputs)
-    names = list(made)
-    for side in made.values():
-        side.run()
+    names = [name for name in made if "emulated" not in made[name].products]
+    once = {name: timed(made[name].run) for name in made}
     repeated = []
     for index in range(repeats):
         first = index % len(names)
         repeated.append({name: timed(made[name].run) for name in names[first:] + names[:first]})
-    return [row(name, made[name].products, repeated) for name in names]
+    return [row(name, made[name].products, repeated if name in names else [once]) for name in made]
 
 
 def row(name: str, products: list[str], repeated: list[dict[str, tuple[float, float]]]) -> Row:
@@ -95,42 +94,44 @@ def sides(tokens: int, inputs: int, outputs: int) -> dict[str, Side]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     made = {}
     for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
-        shapes = ((tokens, inputs), (outputs, inputs), (tokens, outputs))
-        drawn = [torch.randn(shape, device=device, dtype=dtype) for shape in shapes]
-        made[name] = Side(lambda drawn=drawn: plain(*drawn), [])
-        made[f"int4 of {name}"] = Side(lambda drawn=drawn: quantized(*drawn), how(device))
+        shape = (tokens, inputs, outputs)
+        made[name] = side(shape, dtype, device, None)
+        made[f"int4 of {name}"] = side(shape, dtype, device, "int4")
+    for precision in ("fp8", "nvfp4", "mxfp4"):
+        made[f"{precision} of bf16"] = side(shape, torch.bfloat16, device, precision)
     return made
 
 
-def plain(x_TI: Any, w_OI: Any, by_TO: Any) -> Any:
-    return x_TI @ w_OI.T, by_TO @ w_OI, by_TO.T @ x_TI
+def side(shape: tuple[int, int, int], dtype: Any, device: Any, precision: str | None) -> Side:
+    """A linear, and what is multiplied with it and with what it gives."""
+    import torch
+
+    tokens, inputs, outputs = shape
+    model = torch.nn.Sequential(torch.nn.Linear(inputs, outputs, False, device, dtype))
+    x_TI = torch.randn(tokens, inputs, device=device, dtype=dtype, requires_grad=True)
+    by_TO = torch.randn(tokens, outputs, device=device, dtype=dtype)
+
+    def run() -> None:
+        model.zero_grad(set_to_none=True)
+        x_TI.grad = None
+        model(x_TI).backward(by_TO)
+
+    return Side(run, [] if precision is None else few_bits(model, precision, device))
 
 
-def how(device: Any) -> list[str]:
-    from strategies.lowbit.backends.probe import choose
-    from strategies.lowbit.formats import INT4, SPLIT, Scaled
+def few_bits(model: Any, precision: str, device: Any) -> list[str]:
+    """How the products of its linear run from now on."""
+    from strategies.core import edits
+    from strategies.lowbit.draws import Draws
+    from strategies.lowbit.linear import UNIT, LowBitLinear, Shared, Unit
+    from strategies.lowbit.precision import PRECISIONS
+    from strategies.lowbit.schedule import Schedule
 
-    return [choose(Scaled(format), Scaled(INT4), device)[1] for format in (INT4, SPLIT, SPLIT)]
-
-
-def quantized(x_TI: Any, w_OI: Any, by_TO: Any) -> Any:
-    from strategies.lowbit.backends.probe import choose
-    from strategies.lowbit.formats import INT4, SPLIT, Scaled
-    from strategies.lowbit.hadamard import hadamard_
-
-    number, split, dtype = Scaled(INT4), Scaled(SPLIT), x_TI.dtype
-    backend, _ = choose(number, number, x_TI.device)
-
-    def weight() -> Any:
-        return backend.quantize(w_OI, number, spread=32)
-
-    x = backend.quantize(x_TI, number, spread=32)
-    y = backend.product(x, weight(), dtype)
-    w = weight()
-    by = backend.quantize(by_TO, split, 1, w.row_scales()[:, 0])
-    by_x = hadamard_(backend.product(by, w.turned(), dtype), 32)
-    by = backend.quantize(by_TO.T, split, 2, x.row_scales()[:, 0])
-    return y, by_x, hadamard_(backend.product(by, x.turned(), dtype), 32)
+    chosen = PRECISIONS[precision]
+    assert chosen is not None
+    unit = Unit(Shared(Draws(0), Schedule(0.0, False)), "0", chosen, precision, turned=False)
+    edits.apply(model, [("benchmark", edits.Wrap("0", LowBitLinear, {UNIT: unit}))])
+    return [str(how) for how in unit.products(device, trained=True)]
 
 
 def table(size: str, rows: list[Row]) -> str:

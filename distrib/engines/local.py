@@ -1,5 +1,8 @@
 """The engine of someone else's loop: their model as it is, in one process; they own the optimizer."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from torch import nn
 
 from distrib.engines import Fill, Settings
@@ -16,6 +19,11 @@ class Local(TorchEngine):
     def __init__(self, model: nn.Module) -> None:
         device = next(model.parameters()).device
         super().__init__(model, lambda _, __: None, Topology(device_type=device.type), Settings(optimizer=None))
+
+    @contextmanager
+    def micro_batch(self, last: bool) -> Iterator[None]:
+        """Their autocast stays as it is."""
+        yield
 
     def _place(self, fill: Fill) -> nn.Module:
         return self.model

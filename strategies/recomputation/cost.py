@@ -146,7 +146,7 @@ def _run_again(tape: Tape) -> tuple[list[float], frozenset[Key]]:
             made = call.run(args, kwargs)
             if written(call.func):
                 # To take its time is to write there again.
-                made = [tensor.clone() for tensor in made]
+                made = [_copy(tensor) for tensor in made]
             times.append(_seconds(call, args, kwargs, made))
             replay.keep(call, made)
             for result, tensor in call.filled(made):
@@ -156,6 +156,11 @@ def _run_again(tape: Tape) -> tuple[list[float], frozenset[Key]]:
                         if result in replay.here:
                             replay.here[result] = flat(right)
     return times, frozenset(wrong)
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    """With all of its storage."""
+    return flat(tensor).clone().as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
 
 
 def _alike(again: Tensor, right: Tensor) -> bool:

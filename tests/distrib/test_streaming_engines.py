@@ -181,7 +181,8 @@ def bf16_errors(two_ranks: Ranks, engine: str, seed: int) -> dict[str, float]:
     return errors
 
 
-@pytest.mark.parametrize(("engine", "bound"), [("ddp", 1.0), pytest.param("fsdp2", 1.05, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("engine", "bound"), [("ddp", 1.0), ("fsdp2", 1.05)])
+@pytest.mark.slow
 def test_sixty_four_chunks_in_bf16_err_as_plain_does(two_ranks: Ranks, engine: str, bound: float) -> None:
     """Autocast, or weights gathered in bf16, over three seeds. Where activations are bf16 throughout, the errors of two
     runs are two draws of the same rounding: either may be the larger one, by up to 6% for a seed."""

@@ -70,7 +70,7 @@ def forecast(recipe: Recipe, side: str) -> tuple[Forecast, Any]:
 
 
 ALL = [*strategies.names(), "gc", "gc+ce", "seco:chunk=256", "streambp:chunk=256:offload=true"]
-QUICK = ("plain", "gc+ce", "seco:chunk=256")
+QUICK = ("plain", "gc+ce")
 
 
 @pytest.mark.parametrize("side", [pytest.param(side, marks=() if side in QUICK else pytest.mark.slow) for side in ALL])

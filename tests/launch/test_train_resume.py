@@ -165,9 +165,14 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory, dataset: str) -> dic
 
 
 @pytest.mark.parametrize(
-    ("engine", "model"), [case for case in CROSSED if case not in (("zero1", "4bit"), ("zero3", "4bit"))]
+    ("before", "after", "engine", "model"),
+    [
+        pytest.param(before, after, engine, model, marks=pytest.mark.slow if after == 2 and model != "full" else ())
+        for before, after in ((2, 1), (1, 2))
+        for engine, model in CROSSED
+        if (engine, model) not in (("zero1", "4bit"), ("zero3", "4bit"))
+    ],
 )
-@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
 def test_a_run_goes_on_at_another_number_of_ranks_to_rounding(
     tmp_path: Path,
     dataset: str,

@@ -332,6 +332,7 @@ def final_loss(strategy: Strategy, seed: int) -> float:
     return sum(losses[-10:]) / 10
 
 
+@pytest.mark.slow
 def test_they_learn_what_plain_learns() -> None:
     """Over three seeds; one alone moves by 1.5% either way."""
     plain = [final_loss(strategies.get("plain")(), seed) for seed in range(3)]

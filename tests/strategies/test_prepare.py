@@ -134,6 +134,18 @@ def test_extras_reach_the_objective_untouched():
     assert all(seen[name] is given[name] for name in seen)
 
 
+def test_autocast_is_the_loops_own():
+    model = build("llama").float()
+    step = strategies.prepare(model, PLAIN)
+    seen = []
+    model.model.layers[0].mlp.up_proj.register_forward_hook(lambda module, given, made: seen.append(made.dtype))
+    step(batch())
+    with torch.autocast("cpu", torch.bfloat16):
+        step(batch())
+        step.logprobs(batch())
+    assert seen == [torch.float32, torch.bfloat16, torch.bfloat16]
+
+
 def test_what_is_wrong_is_said():
     step = strategies.prepare(build("llama"), PLAIN)
     nothing = {**batch(), "labels": torch.full((2, 7), -100)}

@@ -102,7 +102,7 @@ def moments(draws, exact):
     return bias, math.sqrt(max(0.0, square / float(exact.square().sum()) - bias**2))
 
 
-@pytest.mark.parametrize(("p", "kept"), [(0.5, ()), (0.125, ()), (0.25, (2, 5))])
+@pytest.mark.parametrize(("p", "kept"), [(0.5, ()), pytest.param(0.125, (), marks=pytest.mark.slow), (0.25, (2, 5))])
 def test_the_mean_over_all_draws_is_the_gradient(trained, batch, exact, p, kept):
     sticky, must = Sticky(p), [index in kept for index in range(CHUNKS)]
     draws = enumerate_draws(trained, batch, sticky, must, lambda taken: sticky.weighted(taken, must))
