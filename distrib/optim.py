@@ -73,9 +73,13 @@ def _make(spec: OptimizerSpec, groups: list[dict[str, Any]]) -> Optimizer:
     raise choose("optimizer.name", spec.name, [*sorted(ELEMENTWISE), "adafactor"])
 
 
+DECAY = 0.2
+"""The share of the steps at the end in which `warmup_stable_decay` falls."""
+
+
 @dataclass(frozen=True)
 class Schedule:
-    """Linear warmup, then cosine or linear decay to zero at `steps`, or a constant."""
+    """Linear warmup, then cosine or linear decay to zero at `steps`, a linear one in the last steps alone, or none."""
 
     learning_rate: float
     steps: int
@@ -92,4 +96,7 @@ class Schedule:
                 return self.learning_rate * 0.5 * (1.0 + math.cos(math.pi * min(1.0, done)))
             case "linear":
                 return self.learning_rate * max(0.0, 1.0 - done)
+            case "warmup_stable_decay":
+                left = max(0, self.steps - step) / max(1.0, DECAY * self.steps)
+                return self.learning_rate * min(1.0, left)
         return self.learning_rate

@@ -242,8 +242,8 @@ class Recipe(Section):
     """Passes over the data when `max_steps` is not given."""
     learning_rate: NonNegative = 2e-4
     """Peak learning rate."""
-    lr_scheduler_type: Literal["cosine", "linear", "constant"] = "cosine"
-    """How the learning rate falls after the warmup."""
+    lr_scheduler_type: Literal["cosine", "linear", "warmup_stable_decay", "constant"] = "cosine"
+    """How the learning rate falls after the warmup; `warmup_stable_decay` falls in the last fifth of the steps."""
     warmup_ratio: Share = 0.0
     """Share of the steps in which the learning rate rises."""
     warmup_steps: Whole = 0

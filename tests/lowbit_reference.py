@@ -67,8 +67,14 @@ def by_blocks(x: Tensor, rows: int, columns: int, rounds: Rounds) -> Tensor:
 
 
 def int4(x: Tensor) -> Tensor:
-    scale = x.abs().amax(1, keepdim=True) / 7
-    return (x / scale).round() * scale
+    """Parts of 32 numbers of a row have the least multiple of its scale, from 1 to 18, that they fit with."""
+    scale = x.abs().amax(1, keepdim=True) / 126
+    parts = [
+        (part / (scale * multiple)).round() * scale * multiple
+        for part in x.split(32, 1)
+        for multiple in [(part.abs().amax(1, keepdim=True) / scale / 7).ceil().clamp(1, 18)]
+    ]
+    return torch.cat(parts, 1)
 
 
 def fp8(x: Tensor) -> Tensor:
@@ -81,7 +87,7 @@ def fp4(x: Tensor) -> Tensor:
         scale = block.abs().max() / 6
         return nearest(block / scale, E2M1) * scale
 
-    return by_blocks(x, 1, 128, rounds)
+    return by_blocks(x, 1, 32, rounds)
 
 
 def nvfp4(x: Tensor, rows: int) -> Tensor:

@@ -47,7 +47,8 @@ if __name__ == "__main__":
     for name in KERNELS:
         setattr(triton_kernels, name, Built(getattr(triton_kernels, name)))
     x = torch.ones(64, 256, dtype=torch.bfloat16)
-    for scaled in (Scaled(INT4), Scaled(E4M3, TENSOR), Scaled(E2M1, 16, scale="e4m3"), Scaled(E2M1, 32, True, "e8m0")):
+    blocks = Scaled(E2M1, 16, scale="e4m3"), Scaled(E2M1, 32, True, "e8m0")
+    for scaled in (Scaled(INT4), Scaled(INT4, multiples=32), Scaled(E4M3, TENSOR), *blocks):
         fused.quantize(x, scaled)
         fused.quantize(x, scaled, seed=2**62, by_K=torch.ones(256))
         fused.quantize(x.T, scaled, bits_MK=torch.zeros(256, 64, dtype=torch.int16))

@@ -75,6 +75,10 @@ class Scaled:
     up: bool = True
     """Scales are rounded up. Else, E4M3 to the nearest and E8M0 down, the largest number of a block may be cut off."""
 
+    multiples: int = 0
+    """So many numbers of a row share a whole multiple of the row's scale: up to `most_multiple`, with which the largest
+    still fit in 8 bits."""
+
     @property
     def by_rows(self) -> bool:
         """One scale a row at most: then a product is one of the numbers, scaled afterwards."""
@@ -84,6 +88,10 @@ class Scaled:
     def turns(self) -> bool:
         """Whether rows can become columns as they are."""
         return self.square or self.by_rows
+
+    @property
+    def most_multiple(self) -> int:
+        return int(INT8.largest / self.format.largest) if self.multiples else 1
 
     def rounded_to_nearest(self) -> Scaled:
         return replace(self, up=False) if self.scale == "e4m3" else self

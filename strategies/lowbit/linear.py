@@ -149,15 +149,15 @@ class _LowBit(torch.autograd.Function):
                 y_TO = backend.product(xq, _quantized(weight, unit), dtype)
             if bias_O is not None:
                 y_TO = y_TO + bias_O.to(dtype)
-        kept = [xq.codes, xq.scales, xq.of_tensor] if ctx.needs_input_grad[1] else [None] * 3
+        kept = [xq.codes, xq.scales, xq.of_tensor, xq.multiples] if ctx.needs_input_grad[1] else [None] * 4
         ctx.save_for_backward(weight, *kept)
-        ctx.input = (xq.scaled, xq.shape, xq.packed)
+        ctx.input = {"scaled": xq.scaled, "shape": xq.shape, "packed": xq.packed}
         return y_TO.view(*x.shape[:-1], -1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, by: Tensor) -> Any:
-        weight, codes, scales, of_tensor = ctx.saved_tensors
+        weight, codes, scales, of_tensor, multiples = ctx.saved_tensors
         unit: Unit = ctx.unit
         wants_x, wants_weight, wants_bias, *_ = ctx.needs_input_grad
         by_x = by_weight = by_bias = None
@@ -168,7 +168,7 @@ class _LowBit(torch.autograd.Function):
                 by_x = gradient_of_input(by_TO, _quantized(weight, unit), unit.precision, key, ctx.dtype)
                 by_x = by_x.view(ctx.shape).to(ctx.dtypes[0])
             if wants_weight:
-                xq = Quantized(codes, scales, of_tensor, *ctx.input)
+                xq = Quantized(codes, scales, of_tensor, multiples=multiples, **ctx.input)
                 product = _LaterProduct(unit, by_TO, xq, key, ctx.dtype, ctx.dtypes[1])
                 if ctx.owner is None:
                     by_weight = product()

@@ -39,10 +39,10 @@ PLAIN = "plain"
 """Not quantized."""
 PRECISIONS: dict[str, Precision | None] = {
     PLAIN: None,
-    "int4": Precision(Scaled(INT4), Scaled(INT4), Scaled(SPLIT), hadamard=32),
+    "int4": Precision(Scaled(INT4, multiples=32), Scaled(INT4, multiples=32), Scaled(SPLIT), hadamard=32),
     "int4_learned": Precision(Scaled(INT4, TENSOR), Scaled(INT4, TENSOR), Scaled(SPLIT, TENSOR), 32, learned=True),
     "fp8": Precision(Scaled(E4M3), Scaled(E4M3), Scaled(E4M3)),
-    "fp4": Precision(Scaled(E2M1, 128), Scaled(E2M1, 128), Scaled(E4M3)),
+    "fp4": Precision(Scaled(E2M1, 32), Scaled(E2M1, 32), Scaled(E4M3)),
     "fp4_rows": Precision(Scaled(E2M1), Scaled(E2M1), Scaled(SPLIT)),
     "nvfp4": Precision(NVFP4.rounded_to_nearest(), NVFP4_SQUARE.rounded_to_nearest(), NVFP4, random_hadamard=16),
     "mxfp4": Precision(MXFP4, MXFP4_SQUARE, MXFP4, random_hadamard=32),

@@ -29,7 +29,7 @@ HOW = ("native", "exact-via-int8", "emulated")
 @dataclass(frozen=True)
 class Preset:
     """Precisions of what mixes tokens and of the rest of a layer; the last `plain_layers` of the layers stay as they
-    are, and so does everything in the last `target_share` of the steps."""
+    are, one at least where it is not 0, and so does everything in the last `target_share` of the steps."""
 
     attention: str
     mlp: str
@@ -63,8 +63,6 @@ class LowBit(Strategy):
         return self.presets[self.preset].target_share if self.target_share is None else self.target_share
 
     def check(self, config: Any, topology: Topology) -> None:
-        if topology.tensor > 1:
-            raise Refused("engine.tensor_parallel with 4-bit linears: set engine.tensor_parallel=1")
         if topology.stages > 1 and any((chosen := PRECISIONS[name]) and chosen.learned for name in self._names()):
             raise Refused(f"strategy.preset={self.preset!r} in a pipeline: its stages do not share learned scales")
 
@@ -91,7 +89,8 @@ class LowBit(Strategy):
         """Those in the layers, but for adapters and routers, with what the preset has for them."""
         preset = self.presets[self.preset]
         layers = find_layers(model)
-        quantized = len(layers) - round(preset.plain_layers * len(layers))
+        share = preset.plain_layers
+        plain = min(max(1, round(share * len(layers))), len(layers) - 1) if share else 0
         routed = _routed(model)
         for index, (prefix, layer) in enumerate(layers):
             mixing = {path for path, module in layer.named_modules() if path and mixes_tokens(original_class(module))}
@@ -101,7 +100,7 @@ class LowBit(Strategy):
                 parents = path.split(".")
                 attends = any(".".join(parents[:depth]) in mixing for depth in range(1, len(parents)))
                 kind = preset.attention if attends else preset.mlp
-                yield f"{prefix}.{path}", module, kind if index < quantized else PLAIN
+                yield f"{prefix}.{path}", module, kind if index < len(layers) - plain else PLAIN
 
     @contextmanager
     def running(self, model: nn.Module, context: Context) -> Iterator[None]:

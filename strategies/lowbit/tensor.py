@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from strategies.lowbit.formats import E4M3, INT4, TENSOR, NumberFormat, Scaled
+from strategies.lowbit.formats import E4M3, INT4, INT8, TENSOR, NumberFormat, Scaled
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,8 @@ class Quantized:
     scaled: Scaled
     shape: tuple[int, int]
     packed: bool = False
+    multiples: Tensor | None = None
+    """[rows, parts of a row], uint8."""
 
     def pack(self) -> Quantized:
         if self.scaled.format.bits > 4 or self.packed:
@@ -31,7 +33,12 @@ class Quantized:
         return replace(self, codes=packed(self.codes, self.scaled.format), packed=True)
 
     def unpack(self) -> Quantized:
-        return replace(self, codes=unpacked(self.codes, self.scaled.format), packed=False) if self.packed else self
+        """With multiples it is INT8 then."""
+        codes = unpacked(self.codes, self.scaled.format) if self.packed else self.codes
+        if self.multiples is None:
+            return replace(self, codes=codes, packed=False)
+        codes = _times(codes, self.multiples.view(torch.int8), self.scaled.multiples)
+        return Quantized(codes, self.scales, None, Scaled(INT8), self.shape)
 
     def row_scales(self) -> Tensor:
         """[rows, 1], of codes: what makes their numbers of them is in it."""
@@ -51,7 +58,7 @@ class Quantized:
             return replace(whole, codes=codes, scales=self.scales.T, shape=self.shape[::-1])
         codes = codes[: self.shape[1], : self.shape[0]]
         by = torch.full((1, 1), float(self.scaled.format.integers_by or 1), device=codes.device)
-        return Quantized(codes, by, None, Scaled(self.scaled.format, TENSOR), self.shape[::-1])
+        return Quantized(codes, by, None, Scaled(whole.scaled.format, TENSOR), self.shape[::-1])
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         blocks = as_blocks(self.numbers(torch.promote_types(dtype, torch.float32)), self.scaled)
@@ -69,6 +76,8 @@ class Quantized:
 def quantize(x_MK: Tensor, scaled: Scaled, uniform: Tensor | None = None) -> Quantized:
     """To the nearest numbers, or with `uniform` numbers in [0, 1) of the same shape, stochastically."""
     assert x_MK.ndim == 2
+    if scaled.multiples:
+        return _with_multiples(x_MK.float(), scaled, uniform)
     blocks = as_blocks(x_MK.float(), scaled)
     largest = blocks.abs().amax((1, 3))
     largest = torch.where(largest.isfinite(), largest, torch.nan)
@@ -80,6 +89,37 @@ def quantize(x_MK: Tensor, scaled: Scaled, uniform: Tensor | None = None) -> Qua
     else:
         numbers = scaled.format.stochastic(x, as_blocks(uniform, scaled))
     return replace(made, codes=coded(from_blocks(numbers, None), scaled.format))
+
+
+def _with_multiples(x_MK: Tensor, scaled: Scaled, uniform: Tensor | None) -> Quantized:
+    parts = replace(scaled, block=scaled.multiples, multiples=0)
+    x = as_blocks(x_MK, parts)
+    largest = x.abs().amax(3).squeeze(1)
+    scales = divided(largest.amax(1, keepdim=True), scaled.format.largest * scaled.most_multiple)
+    scales = torch.where(scales.isfinite(), scales, torch.nan)
+    multiples, factors = multiples_of(largest, inverse(scales), scaled)
+    M, K = shape = (x_MK.shape[0], x_MK.shape[1])
+    x = from_blocks(x * factors[:, None, :, None], (M, max(K + K % 2, 2)))
+    if uniform is None:
+        numbers = scaled.format.nearest(x)
+    else:
+        numbers = scaled.format.stochastic(x, F.pad(uniform, (0, x.shape[1] - K)))
+    return Quantized(coded(numbers, scaled.format), scales, None, scaled, shape, multiples=multiples)
+
+
+def multiples_of(largest: Tensor, by_row: Tensor, scaled: Scaled) -> tuple[Tensor, Tensor]:
+    """The least ones that keep the largest numbers within the format, and what a part is multiplied with. `by_row` is
+    the inverse of a row's scale."""
+    wanted = divided(largest * by_row, scaled.format.largest).ceil().nan_to_num(1.0)
+    multiples = wanted.clamp(1, scaled.most_multiple)
+    return multiples.to(torch.uint8), by_row / multiples
+
+
+def _times(codes_MK: Tensor, multiples: Tensor, part: int) -> Tensor:
+    M, K = codes_MK.shape
+    if K % part:
+        return codes_MK * multiples.repeat_interleave(part, 1)[:, :K]
+    return (codes_MK.view(M, K // part, part) * multiples[:, : K // part, None]).view(M, K)
 
 
 def _scales(largest: Tensor, scaled: Scaled) -> tuple[Tensor, Tensor | None]:
@@ -156,25 +196,25 @@ def coded(numbers: Tensor, format: NumberFormat) -> Tensor:
 
 def packed(codes: Tensor, format: NumberFormat) -> Tensor:
     """INT4 in two's complement, E2M1 as sign, exponent and mantissa."""
-    nibbles = codes.view(torch.uint8) & 15 if format is INT4 else _nibbles(codes)
-    return nibbles[:, 0::2] | nibbles[:, 1::2] << 4
+    # Two codes at a time: a step of two through memory is what would cost.
+    pairs = (codes if format is INT4 else _nibbles(codes)).contiguous().view(torch.int16)
+    return (pairs >> 4).bitwise_and_(0xF0).bitwise_or_(pairs & 15).to(torch.uint8)
 
 
 def unpacked(pairs: Tensor, format: NumberFormat) -> Tensor:
-    nibbles = torch.stack([pairs & 15, pairs >> 4], -1).flatten(-2)
-    if format is INT4:
-        return (nibbles << 4).view(torch.int8) >> 4
-    return _doubled(nibbles)
+    wide = pairs.to(torch.int16)
+    nibbles = (wide << 4).bitwise_or_(wide).bitwise_and_(0x0F0F).view(torch.int8)
+    return nibbles.bitwise_xor_(8).sub_(8) if format is INT4 else _doubled(nibbles)
 
 
 def _nibbles(doubled: Tensor) -> Tensor:
     size = doubled.abs()
     code = torch.where(size < 4, size, torch.where(size < 8, 2 + (size >> 1), 4 + (size >> 2)))
-    return code.view(torch.uint8) | (doubled < 0).to(torch.uint8) << 3
+    return code | (doubled < 0).to(torch.int8) << 3
 
 
 def _doubled(nibbles: Tensor) -> Tensor:
     """Twice the number that each code of E2M1 stands for."""
-    code = (nibbles & 7).view(torch.int8)
+    code = nibbles & 7
     size = torch.where(code < 2, code, (2 + (code & 1)) << ((code >> 1) - 1).clamp(min=0))
     return torch.where(nibbles > 7, -size, size)

@@ -19,6 +19,8 @@ SCHEDULES: list[tuple[Schedule, list[float]]] = [
     (Schedule(1.0, 4), [1.0, 0.5 + math.sqrt(0.125), 0.5, 0.5 - math.sqrt(0.125)]),
     (Schedule(1.0, 4, kind="linear"), [1.0, 0.75, 0.5, 0.25]),
     (Schedule(0.3, 3, kind="constant"), [0.3, 0.3, 0.3]),
+    (Schedule(1.0, 10, warmup=1, kind="warmup_stable_decay"), [1.0] * 9 + [0.5]),
+    (Schedule(1.0, 20, warmup=2, kind="warmup_stable_decay"), [0.5, *[1.0] * 15, 1.0, 0.75, 0.5, 0.25]),
     (Schedule(1.0, 6, warmup=2), [0.5, 1.0, 1.0, 0.5 + math.sqrt(0.125), 0.5, 0.5 - math.sqrt(0.125)]),
     (Schedule(1.0, 5, warmup=4, kind="linear"), [0.25, 0.5, 0.75, 1.0, 1.0]),
     (Schedule(1.0, 2, warmup=4, kind="constant"), [0.25, 0.5]),
@@ -30,7 +32,7 @@ def test_schedules(schedule: Schedule, expected: list[float]) -> None:
     assert [schedule(step) for step in range(schedule.steps)] == pytest.approx(expected, rel=1e-12)
 
 
-@pytest.mark.parametrize("kind", ["cosine", "linear"])
+@pytest.mark.parametrize("kind", ["cosine", "linear", "warmup_stable_decay"])
 def test_a_schedule_is_never_negative_past_its_end(kind: str) -> None:
     assert Schedule(1.0, 4, kind=kind)(9) == pytest.approx(0.0, abs=1e-15)
 

@@ -130,7 +130,7 @@ def test_traps_of_yaml_are_refused_with_their_line(tmp_path: Path, text: str | b
         ("packing: 1", "packing=1: must be true or false"),
         ("output_dir: 7", "output_dir=7: must be text"),
         ("output_dir: ''", "output_dir='': must be text that is not empty"),
-        ("lr_scheduler_type: cosin", "choose cosine, linear, constant (did you mean cosine?)"),
+        ("lr_scheduler_type: cosin", "choose cosine, linear, warmup_stable_decay, constant (did you mean cosine?)"),
         ("engine: fsdp3", "engine.name='fsdp3': choose ddp, fsdp2, zero (did you mean fsdp2?)"),
         ("engine: 3", "engine=3: must be ddp, fsdp2, zero, or a mapping of name, stage, offload, tensor_parallel"),
         ("engine: {name: zero, stage: 4}", "engine.stage=4: must be a whole number >= 1 and <= 3"),

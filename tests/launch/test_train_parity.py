@@ -114,7 +114,13 @@ OPTIMIZERS: dict[str, tuple[Callable[..., torch.optim.Optimizer], dict[str, Any]
 }
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+ALIKE = {"adam", "nadam", "radam", "adamax", "rmsprop"}
+"""Elementwise ones of torch, which go the way of adamw."""
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in ALIKE else []) for name in OPTIMIZERS]
+)
 def test_every_optimizer_updates_as_torch_does(tmp_path: Path, dataset: str, model_folder: Path, name: str) -> None:
     made, fields = OPTIMIZERS[name]
     common: dict[str, Any] = {

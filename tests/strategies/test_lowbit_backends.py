@@ -17,13 +17,18 @@ from strategies.lowbit.backends import cpu, probe
 from strategies.lowbit.backends.cpu import CpuInt8
 from strategies.lowbit.backends.reference import Reference
 from strategies.lowbit.draws import next_bits, random_bits
-from strategies.lowbit.formats import E2M1, E4M3, INT4, INT8, ROW, SPLIT, TENSOR, NumberFormat, Scaled
+from strategies.lowbit.formats import E2M1, E4M3, INT4, INT8, ROW, SPLIT, TENSOR, Scaled
 from strategies.lowbit.hadamard import hadamard, hadamard_, random_hadamard
 from strategies.lowbit.tensor import Quantized
 
 WHOLE = (INT4, INT8, SPLIT, E2M1)
 CPU = torch.device("cpu")
 NVFP4 = Scaled(E2M1, 16, scale="e4m3")
+IN_PARTS = [Scaled(INT4, multiples=part) for part in (8, 6)]
+
+
+def named(scaled: Scaled) -> str:
+    return f"{scaled.format.name} {scaled.block}" + f" by {scaled.multiples}" * (scaled.multiples > 0)
 
 
 def drawn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -43,10 +48,10 @@ def pieces(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.usefixtures("pieces")
-@pytest.mark.parametrize("block", [ROW, TENSOR])
-@pytest.mark.parametrize("format", WHOLE, ids=lambda format: format.name)
-def test_codes_and_scales_are_the_references(format: NumberFormat, block: Any) -> None:
-    scaled = Scaled(format, block)
+@pytest.mark.parametrize(
+    "scaled", [*(Scaled(format, block) for format in WHOLE for block in (ROW, TENSOR)), *IN_PARTS], ids=named
+)
+def test_codes_and_scales_are_the_references(scaled: Scaled) -> None:
     for (M, K), dtype, turned in itertools.product(
         ((1, 1), (39, 53), (22, 32)), (torch.float32, torch.bfloat16), (0, 1)
     ):
@@ -56,41 +61,44 @@ def test_codes_and_scales_are_the_references(format: NumberFormat, block: Any) -
             wanted = Reference().quantize(x, scaled, seed, by_K, spread)
             same(made.codes, wanted.codes)
             same(made.scales, wanted.scales)
+            same(made.unpack().codes, wanted.unpack().codes)
+            same(made.pack().dequantize(), wanted.dequantize())
             assert (made.shape, made.packed, made.of_tensor) == (wanted.shape, False, None)
 
 
 @pytest.mark.usefixtures("pieces")
-@pytest.mark.parametrize("format", WHOLE, ids=lambda format: format.name)
+@pytest.mark.parametrize("scaled", [*map(Scaled, WHOLE), *IN_PARTS], ids=named)
 @pytest.mark.parametrize("seed", [None, 3])
-def test_rows_that_cannot_be_scaled(format: NumberFormat, seed: int | None) -> None:
+def test_rows_that_cannot_be_scaled(scaled: Scaled, seed: int | None) -> None:
     x = drawn(30, 21)
     x[1] = 0
     x[4, 2], x[5, 3], x[6, 4] = torch.nan, torch.inf, -torch.inf
     x[8:10] *= 1e-44
     x[10:14] *= torch.logspace(-40, -36, 4)[:, None]
     x[14] *= 3e37
-    made, wanted = (backend.quantize(x, Scaled(format), seed) for backend in (CpuInt8(), Reference()))
+    made, wanted = (backend.quantize(x, scaled, seed) for backend in (CpuInt8(), Reference()))
     same(made.codes, wanted.codes)
+    same(made.unpack().codes, wanted.unpack().codes)
     same(made.scales, wanted.scales)
     assert made.scales.isnan().flatten().nonzero().flatten().tolist() == [4, 5, 6]
     # Nothing at all, as an expert that no token chose.
-    assert CpuInt8().quantize(x[:0], Scaled(format), seed).dequantize().shape == (0, 21)
+    assert CpuInt8().quantize(x[:0], scaled, seed).dequantize().shape == (0, 21)
 
 
 @pytest.mark.usefixtures("pieces")
-@pytest.mark.parametrize(("a", "b"), list(itertools.product(WHOLE, repeat=2)), ids=lambda format: format.name)
-def test_products_are_the_references(a: NumberFormat, b: NumberFormat) -> None:
+@pytest.mark.parametrize(("a", "b"), list(itertools.product([*map(Scaled, WHOLE), IN_PARTS[0]], repeat=2)), ids=named)
+def test_products_are_the_references(a: Scaled, b: Scaled) -> None:
     ours, reference = CpuInt8(), Reference()
-    assert ours.how(Scaled(a), Scaled(b)) == ("native" if a is b is INT8 else "exact-via-int8")
+    assert ours.how(a, b) == ("native" if a.format is b.format is INT8 else "exact-via-int8")
     for (M, N, K), dtype in itertools.product(
         ((1, 1, 1), (37, 53, 19), (40, 16, 64), (0, 3, 4)), (torch.float32, torch.bfloat16, torch.float64)
     ):
-        left = reference.quantize(drawn(M, K), Scaled(a), 1)
+        left = reference.quantize(drawn(M, K), a, 1)
         if M > 1:
             left.scales[1] = torch.nan
-        columns = reference.quantize(drawn(K, N, seed=2), Scaled(b))
-        tensor = reference.quantize(drawn(N, K, seed=3), Scaled(b, TENSOR))
-        for right in (reference.quantize(drawn(N, K, seed=3), Scaled(b)), tensor, tensor.pack(), columns.turned()):
+        columns = reference.quantize(drawn(K, N, seed=2), b)
+        tensor = reference.quantize(drawn(N, K, seed=3), Scaled(b.format, TENSOR))
+        for right in (reference.quantize(drawn(N, K, seed=3), b), tensor, tensor.pack(), columns.turned()):
             same(ours.product(left, right, dtype), reference.product(left, right, dtype))
             same(ours.product(right, left, dtype), reference.product(right, left, dtype))
 

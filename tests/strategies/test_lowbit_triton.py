@@ -24,6 +24,7 @@ ROOT = Path(__file__).resolve().parents[2]
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 FORMATS = {
     "int4": Scaled(INT4),
+    "int4-parts": Scaled(INT4, multiples=32),
     "int8": Scaled(INT8),
     "split": Scaled(SPLIT),
     "e2m1-rows": Scaled(E2M1),
@@ -53,6 +54,9 @@ def same(made: Quantized, reference: Quantized) -> None:
     for one, other in ((made.codes, reference.codes), (made.scales, reference.scales)):
         assert (one.dtype, one.shape) == (other.dtype, other.shape)
         assert torch.equal(bits_of(one), bits_of(other))
+    assert (made.multiples is None) == (reference.multiples is None)
+    if made.multiples is not None and reference.multiples is not None:
+        assert torch.equal(made.multiples.cpu(), reference.multiples)
     assert (made.of_tensor is None) == (reference.of_tensor is None)
     if made.of_tensor is not None and reference.of_tensor is not None:
         assert torch.equal(made.of_tensor.cpu(), reference.of_tensor)
@@ -155,7 +159,7 @@ def test_sums_are_scaled_as_in_the_reference(dtype: torch.dtype) -> None:
 def test_the_operators_know_their_results_shapes() -> None:
     x = torch.randn(20, 70, device=DEVICE).T
     tests = ("test_schema", "test_faketensor")
-    for name in ("int4", "e4m3-tensor", "nvfp4-square"):
+    for name in ("int4", "int4-parts", "e4m3-tensor", "nvfp4-square"):
         args = (x, torch.rand(20, device=DEVICE), None, 5, fused._data(FORMATS[name]))
         torch.library.opcheck(torch.ops.ebbtide.quantize.default, args, test_utils=tests)
     sums = torch.ones(8, 16, dtype=torch.int32, device=DEVICE)[:, :9]

@@ -353,12 +353,12 @@ def held_bytes(model, given):
     return live[1] - live[0]
 
 
-def holds(fields, **shape):
+def holds(fields, beside=(), **shape):
     """Of what plain holds."""
-    given, found = batch(64), []
-    for strategy in (strategies.get("plain")(), Recompute(**fields)):
+    given, found, strategy = batch(64), [], Recompute(**fields)
+    for chosen in ([strategies.get("plain")()], [strategy, *beside]):
         model = shaped(**shape)
-        strategies.prepare(model, [strategy])
+        strategies.prepare(model, chosen)
         trained(model, given)
         found.append(held_bytes(model, given))
     account = strategy.account(model)
@@ -382,6 +382,15 @@ def holds(fields, **shape):
 def test_what_is_held_is_less_and_as_predicted(fields, shape, most):
     share, predicted = holds(fields, **shape)
     assert share < most
+    assert predicted == pytest.approx(1, abs=0.1)
+
+
+@pytest.mark.parametrize(
+    "section", [{"name": "fp4"}, {"name": "fp4", "preset": "nvfp4"}, {"name": "int4"}], ids=lambda given: str(given)
+)
+def test_beside_linears_of_4_bits_it_holds_less_than_55_percent(section):
+    share, predicted = holds({}, strategies.build([section]), dtype=torch.bfloat16)
+    assert share < 0.55
     assert predicted == pytest.approx(1, abs=0.1)
 
 

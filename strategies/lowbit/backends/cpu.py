@@ -9,13 +9,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from strategies.lowbit.backends.reference import How, Reference
 from strategies.lowbit.draws import next_bits, uniform
 from strategies.lowbit.formats import E2M1, INT4, INT8, SPLIT, TENSOR, NumberFormat, Scaled
 from strategies.lowbit.hadamard import hadamard
-from strategies.lowbit.tensor import Quantized, coded, inverse
+from strategies.lowbit.tensor import Quantized, coded, inverse, multiples_of
 
 _FORMATS = {format.name: format for format in (INT4, INT8, SPLIT, E2M1)}
 _ELEMENTS = 2**17
@@ -46,8 +47,11 @@ class CpuInt8:
     ) -> Quantized:
         if not _serves(scaled):
             return Reference().quantize(x_MK, scaled, seed, by_K, spread)
-        codes, scales = _quantize(x_MK, scaled.format.name, scaled.block == TENSOR, seed, by_K, spread)
-        return Quantized(codes, scales, None, scaled, (x_MK.shape[0], x_MK.shape[1]))
+        of_tensor = scaled.block == TENSOR
+        made = _quantize(x_MK, scaled.format.name, of_tensor, scaled.multiples, seed, by_K, spread)
+        codes, scales, multiples = made
+        shape = (x_MK.shape[0], x_MK.shape[1])
+        return Quantized(codes, scales, None, scaled, shape, multiples=multiples if scaled.multiples else None)
 
     def product(self, a: Quantized, b: Quantized, dtype: torch.dtype) -> Tensor:
         (M, K), N = a.shape, b.shape[0]
@@ -68,40 +72,63 @@ def _largest_code(q: Quantized) -> int:
 
 @torch.library.custom_op("ebbtide::cpu_quantize", mutates_args=())
 def _quantize(
-    x_MK: Tensor, format_name: str, of_tensor: bool, seed: int | None, by_K: Tensor | None, spread: int
-) -> tuple[Tensor, Tensor]:
-    """Codes and scales."""
+    x_MK: Tensor, format_name: str, of_tensor: bool, part: int, seed: int | None, by_K: Tensor | None, spread: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes, scales and multiples."""
     format, K = _FORMATS[format_name], x_MK.shape[1]
-    codes, scales = _empty(x_MK, of_tensor)
+    codes, scales, multiples = _empty(x_MK, of_tensor, part)
     codes[:, K:] = 0
     if not x_MK.numel():
-        return codes, scales.zero_()
+        return codes, scales.zero_(), multiples.fill_(1)
     generator = None if seed is None else torch.Generator(x_MK.device).manual_seed(seed)
     scratch = torch.empty(_rows_of_a_piece(x_MK), K, device=x_MK.device)
     if of_tensor:
         largest = [torch.abs(x, out=scratch[: len(x)]).amax() for _, x in _pieces(x_MK, by_K, spread)]
-        scales.fill_(_scale(torch.stack(largest).amax(), format))
+        scales.fill_(_scale(torch.stack(largest).amax(), format.largest))
     for rows, x in _pieces(x_MK, by_K, spread):
-        spare = scratch[: len(x)]
-        if not of_tensor:
-            scales[rows] = _scale(torch.abs(x, out=spare).amax(1, keepdim=True), format)
-        by = scales if of_tensor else scales[rows]
-        draw = None if generator is None else uniform(next_bits(x.shape, generator), spare)
-        _code(x, by, format, draw, codes[rows, :K])
-    return codes, scales
+        size = None if of_tensor else torch.abs(x, out=scratch[: len(x)])
+        if part and size is not None:
+            scales[rows], multiples[rows], factors = _of_parts(_parts(size, part).amax(2), format, part)
+            x = _multiplied(x, factors, part)
+        else:
+            if size is not None:
+                scales[rows] = _scale(size.amax(1, keepdim=True), format.largest)
+            x.mul_(inverse(scales if of_tensor else scales[rows]))
+        draw = None if generator is None else uniform(next_bits(x.shape, generator), scratch[: len(x)])
+        _code(x, scales if of_tensor else scales[rows], format, draw, codes[rows, :K])
+    return codes, scales, multiples
 
 
 @_quantize.register_fake
 def _(
-    x_MK: Tensor, format_name: str, of_tensor: bool, seed: int | None, by_K: Tensor | None, spread: int
-) -> tuple[Tensor, Tensor]:
-    return _empty(x_MK, of_tensor)
+    x_MK: Tensor, format_name: str, of_tensor: bool, part: int, seed: int | None, by_K: Tensor | None, spread: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _empty(x_MK, of_tensor, part)
 
 
-def _empty(x_MK: Tensor, of_tensor: bool) -> tuple[Tensor, Tensor]:
+def _empty(x_MK: Tensor, of_tensor: bool, part: int) -> tuple[Tensor, Tensor, Tensor]:
     M, K = x_MK.shape
     codes = torch.empty(M, K + K % 2, dtype=torch.int8, device=x_MK.device)
-    return codes, torch.empty(1 if of_tensor else M, 1, device=x_MK.device)
+    multiples = torch.empty(M, max(1, -(-K // part)) if part else 0, dtype=torch.uint8, device=x_MK.device)
+    return codes, torch.empty(1 if of_tensor else M, 1, device=x_MK.device), multiples
+
+
+def _of_parts(largest: Tensor, format: NumberFormat, part: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Scales, multiples, and what parts are multiplied with."""
+    scaled = Scaled(format, multiples=part)
+    scales = _scale(largest.amax(1, keepdim=True), format.largest * scaled.most_multiple)
+    return scales, *multiples_of(largest, inverse(scales), scaled)
+
+
+def _parts(x_MK: Tensor, part: int) -> Tensor:
+    right = -x_MK.shape[1] % part
+    return (F.pad(x_MK, (0, right)) if right else x_MK).view(len(x_MK), -1, part)
+
+
+def _multiplied(x_MK: Tensor, factors: Tensor, part: int) -> Tensor:
+    if x_MK.shape[1] % part:
+        return x_MK.mul_(factors.repeat_interleave(part, 1)[:, : x_MK.shape[1]])
+    return _parts(x_MK, part).mul_(factors[:, :, None]).view_as(x_MK)
 
 
 def _pieces(x_MK: Tensor, by_K: Tensor | None, spread: int) -> Iterator[tuple[slice, Tensor]]:
@@ -130,18 +157,17 @@ def _in_rows(x_MK: Tensor, count: int, spread: int) -> Iterator[Tensor]:
         yield hadamard(rows, spread) if spread else rows
 
 
-def _scale(largest: Tensor, format: NumberFormat) -> Tensor:
-    return (largest / format.largest).masked_fill_(largest.isinf(), torch.nan)
+def _scale(largest: Tensor, by: float) -> Tensor:
+    return (largest / by).masked_fill_(largest.isinf(), torch.nan)
 
 
 def _code(x: Tensor, by: Tensor, format: NumberFormat, draw: Tensor | None, into: Tensor) -> None:
+    """Of what has been scaled, `by` its scales."""
     least, most = (float(bound) for bound in by.aminmax())
     if format.mantissa is None and least >= _LEAST and most < torch.inf:
         # What is scaled so lies within the format but for its last bit, which only the draw makes a step of.
-        x.mul_(by.reciprocal())
         into.copy_(x.round_() if draw is None else x.add_(draw).floor_().clamp_(-format.largest, format.largest))
         return
-    x.mul_(inverse(by))
     into.copy_(coded(format.nearest(x) if draw is None else format.stochastic(x, draw), format))
 
 

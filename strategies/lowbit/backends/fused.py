@@ -44,10 +44,16 @@ def quantize(
     x_MK: Tensor, scaled: Scaled, *, seed: int | None = None, bits_MK: Tensor | None = None, by_K: Tensor | None = None
 ) -> Quantized:
     """To the nearest, or stochastically: with a seed, or with 16 random bits a number. Blocks of E2M1 come packed."""
-    codes, scales, of_tensor = _quantize(x_MK, by_K, bits_MK, seed, _data(scaled))
-    if scaled.scale != "e4m3":
-        of_tensor = None
-    return Quantized(codes, scales, of_tensor, scaled, (x_MK.shape[0], x_MK.shape[1]), _packs(scaled))
+    codes, scales, of_tensor, multiples = _quantize(x_MK, by_K, bits_MK, seed, _data(scaled))
+    return Quantized(
+        codes,
+        scales,
+        of_tensor if scaled.scale == "e4m3" else None,
+        scaled,
+        (x_MK.shape[0], x_MK.shape[1]),
+        _packs(scaled),
+        multiples if scaled.multiples else None,
+    )
 
 
 def scale(sums_MN: Tensor, rows_M1: Tensor, columns_N1: Tensor, dtype: torch.dtype) -> Tensor:
@@ -67,7 +73,7 @@ def _triton() -> bool:
 def _serves(scaled: Scaled) -> bool:
     """Rows have scales in float32, tiles hold whole blocks."""
     if scaled.by_rows:
-        return scaled.scale == "float32"
+        return scaled.scale == "float32" and (not scaled.multiples or _COLUMNS % scaled.multiples == 0)
     return (_ROWS if scaled.square else _COLUMNS) % int(scaled.block) == 0
 
 
@@ -78,38 +84,40 @@ def _packs(scaled: Scaled) -> bool:
 def _data(scaled: Scaled) -> list[int]:
     """A format in numbers, which is what an operator can be given."""
     block = -1 - _BLOCKS.index(scaled.block) if isinstance(scaled.block, str) else scaled.block
-    return [_FORMATS.index(scaled.format), block, scaled.square, _SCALES.index(scaled.scale), scaled.up]
+    scale = _SCALES.index(scaled.scale)
+    return [_FORMATS.index(scaled.format), block, scaled.square, scale, scaled.up, scaled.multiples]
 
 
 def _scaled(data: Sequence[int]) -> Scaled:
-    format, block, square, scale, up = data
+    format, block, square, scale, up, multiples = data
     return Scaled(
-        _FORMATS[format], block if block > 0 else _BLOCKS[-1 - block], square == 1, _SCALES[scale], up == 1
+        _FORMATS[format], block if block > 0 else _BLOCKS[-1 - block], square == 1, _SCALES[scale], up == 1, multiples
     )  # fmt: skip
 
 
-def _empty(x_MK: Tensor, scaled: Scaled) -> tuple[Tensor, Tensor]:
+def _empty(x_MK: Tensor, scaled: Scaled) -> tuple[Tensor, Tensor, Tensor]:
     """Codes and scales in the shapes of `tensor.quantize`."""
     M, K = x_MK.shape
     width = 2 if scaled.by_rows else int(scaled.block)
     height = width if scaled.square else 1
+    multiples = x_MK.new_empty(M, max(1, -(-K // (scaled.multiples or 1))), dtype=torch.uint8)
     M, K = -(-M // height) * height, max(-(-K // width), 1) * width
     whole = torch.int8 if scaled.format.integers_by else torch.float8_e4m3fn
     packs = _packs(scaled)
     codes = x_MK.new_empty(M, K // 2 if packs else K, dtype=torch.uint8 if packs else whole)
     blocks = (min(M, 1) if scaled.block == TENSOR else M, 1) if scaled.by_rows else (M // height, K // width)
-    return codes, x_MK.new_empty(blocks, dtype=_DTYPES[_SCALES.index(scaled.scale)])
+    return codes, x_MK.new_empty(blocks, dtype=_DTYPES[_SCALES.index(scaled.scale)]), multiples
 
 
 @torch.library.custom_op("ebbtide::quantize", mutates_args=())
 def _quantize(
     x_MK: Tensor, by_K: Tensor | None, bits_MK: Tensor | None, seed: int | None, data: Sequence[int]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes, scales, and the scale of the tensor, where there is none a number that means nothing."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Codes, scales, and the scale of the tensor and multiples, which mean nothing where there are none."""
     from strategies.lowbit.backends import triton_kernels as kernels
 
     scaled = _scaled(data)
-    codes, scales = _empty(x_MK, scaled)
+    codes, scales, multiples = _empty(x_MK, scaled)
     by_K = None if by_K is None else by_K.float().contiguous()
     of_tensor = x_MK.new_empty((), dtype=torch.float32)
     with torch.cuda.device_of(x_MK):  # type: ignore[no-untyped-call]
@@ -123,22 +131,26 @@ def _quantize(
         # What is None is never read.
         given = x_MK, x_MK if by_K is None else by_K, x_MK if bits is None else bits, seed or 0
         constants = {"BY_K": by_K is not None, "DRAW": draw.value, **_constants(scaled.format)}
-        (_rows if scaled.by_rows else _blocks)(given, scaled, codes, scales, of_tensor, constants)
-    return codes, scales, of_tensor
+        if scaled.by_rows:
+            _rows(given, scaled, codes, scales, multiples, constants)
+        else:
+            _blocks(given, scaled, codes, scales, of_tensor, constants)
+    return codes, scales, of_tensor, multiples
 
 
 @_quantize.register_fake
 def _(
     x_MK: Tensor, by_K: Tensor | None, bits_MK: Tensor | None, seed: int | None, data: Sequence[int]
-) -> tuple[Tensor, Tensor, Tensor]:
-    return *_empty(x_MK, _scaled(data)), x_MK.new_empty((), dtype=torch.float32)
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    codes, scales, multiples = _empty(x_MK, _scaled(data))
+    return codes, scales, x_MK.new_empty((), dtype=torch.float32), multiples
 
 
 _Given = tuple[Tensor, Tensor, Tensor, int]
 
 
 def _rows(
-    given: _Given, scaled: Scaled, codes: Tensor, scales: Tensor, of_tensor: Tensor, constants: dict[str, Any]
+    given: _Given, scaled: Scaled, codes: Tensor, scales: Tensor, multiples: Tensor, constants: dict[str, Any]
 ) -> None:
     from strategies.lowbit.backends.triton_kernels import rows_kernel
 
@@ -146,9 +158,9 @@ def _rows(
     # Along memory, and enough rows' tiles to keep every multiprocessor busy.
     rows, columns = (4, 1024) if x_MK.stride(1) == 1 else (16, 128)
     rows_kernel[(-(-x_MK.shape[0] // rows),)](
-        *given, codes.view(torch.int8 if scaled.format.integers_by else torch.uint8), scales,
-        *x_MK.shape, codes.shape[1], *x_MK.stride(), OF_TENSOR=scaled.block == TENSOR, ROWS=rows, COLUMNS=columns,
-        **constants,
+        *given, codes.view(torch.int8 if scaled.format.integers_by else torch.uint8), scales, multiples,
+        *x_MK.shape, codes.shape[1], *x_MK.stride(), OF_TENSOR=scaled.block == TENSOR, PART=scaled.multiples,
+        MOST=scaled.most_multiple, ROWS=rows, COLUMNS=columns, **constants,
     )  # fmt: skip
 
 

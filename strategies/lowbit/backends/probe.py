@@ -17,6 +17,7 @@ from strategies.lowbit.formats import E2M1, E4M3, INT4, INT8, SPLIT, TENSOR, Sca
 REFERENCE = Reference()
 PROBED = (
     *(Scaled(format) for format in (INT4, INT8, SPLIT, E2M1, E4M3)),
+    Scaled(INT4, multiples=32),
     *(Scaled(format, TENSOR) for format in (INT4, SPLIT, E4M3)),
     *(Scaled(E2M1, 16, square=square, scale="e4m3") for square in (False, True)),
     *(Scaled(E2M1, 32, square=square, scale="e8m0") for square in (False, True)),

@@ -164,15 +164,22 @@ def largest_kernel(
     tl.store(partial_ptr + tl.program_id(0) * tl.num_programs(1) + tl.program_id(1), tl.max(tl.max(size, 1), 0))
 
 
+@triton.jit
+def _multiple(largest, LARGEST: tl.constexpr, MOST: tl.constexpr):
+    """The least that keeps the largest number of a part within the format; 1 where that is none."""
+    wanted = tl.ceil(tl.div_rn(largest, LARGEST + tl.zeros_like(largest)))
+    return tl.minimum(tl.maximum(tl.where(wanted == wanted, wanted, 1.0), 1.0), MOST * 1.0)
+
+
 @triton.jit(do_not_specialize=["seed"])
 def rows_kernel(
-    x_ptr, by_ptr, bits_ptr, seed, codes_ptr, scales_ptr, M, K, K_codes, stride_m, stride_k,
-    BY_K: tl.constexpr, DRAW: tl.constexpr, OF_TENSOR: tl.constexpr,
+    x_ptr, by_ptr, bits_ptr, seed, codes_ptr, scales_ptr, multiples_ptr, M, K, K_codes, stride_m, stride_k,
+    BY_K: tl.constexpr, DRAW: tl.constexpr, OF_TENSOR: tl.constexpr, PART: tl.constexpr, MOST: tl.constexpr,
     MANTISSA: tl.constexpr, LEAST: tl.constexpr, LARGEST: tl.constexpr, WHOLE_BY: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """One scale a row, found in a first walk along it, whose second finds it in the cache; or the one of the tensor,
-    which is given."""
+    which is given. Each `PART` of a row, where there are parts, has a multiple of it, up to `MOST`."""
     m = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     if OF_TENSOR:
         scale = tl.load(scales_ptr) + tl.zeros((ROWS,), tl.float32)
@@ -182,12 +189,23 @@ def rows_kernel(
             k = begin + tl.arange(0, COLUMNS).to(tl.int64)
             here = _size(_loaded(x_ptr, by_ptr, m, k, M, K, stride_m, stride_k, BY_K))
             size = tl.maximum(size, tl.max(here, 1))
-        scale = tl.div_rn(_largest(size), LARGEST + tl.zeros((ROWS,), tl.float32))
+        scale = tl.div_rn(_largest(size), LARGEST * MOST + tl.zeros((ROWS,), tl.float32))
         tl.store(scales_ptr + m, scale, m < M)
     reciprocal = _reciprocal(scale)
     for begin in range(0, K_codes, COLUMNS):
         k = begin + tl.arange(0, COLUMNS).to(tl.int64)
-        x = _loaded(x_ptr, by_ptr, m, k, M, K, stride_m, stride_k, BY_K) * reciprocal[:, None]
+        x = _loaded(x_ptr, by_ptr, m, k, M, K, stride_m, stride_k, BY_K)
+        if PART > 0:
+            x = x.reshape(ROWS, COLUMNS // PART, PART)
+            multiple = _multiple(_float(tl.max(_size(x), 2)) * reciprocal[:, None], LARGEST, MOST)
+            part = begin // PART + tl.arange(0, COLUMNS // PART).to(tl.int64)
+            parts = tl.cdiv(K_codes, PART)
+            there = (m[:, None] < M) & (part[None, :] < parts)
+            tl.store(multiples_ptr + m[:, None] * parts + part[None, :], multiple.to(tl.uint8), there)
+            factor = tl.div_rn(reciprocal[:, None] + tl.zeros_like(multiple), multiple)
+            x = (x * factor[:, :, None]).reshape(ROWS, COLUMNS)
+        else:
+            x = x * reciprocal[:, None]
         bits = 0
         if DRAW != NEAREST:
             bits = _sixteen(bits_ptr, seed, m, k, M, K, DRAW, ROWS, COLUMNS)
