@@ -5,9 +5,16 @@ BIN := .venv/bin
 PYTEST := -m pytest --numprocesses 2 --dist worksteal
 INSTALLED := .venv/installed
 INSTALLED_LOW := .venv-low/installed
+INSTALLED_AUDIT := .venv-audit/installed
+LOCKS := docker/requirements-cpu.lock docker/requirements-cuda.lock
+LOCK := .venv-audit/bin/uv pip compile pyproject.toml --quiet --constraints constraints.txt --generate-hashes \
+	--no-annotate --no-emit-index-url --no-emit-find-links --custom-compile-command "make lock" \
+	--python-version 3.11 --python-platform x86_64-manylinux_2_28
+# where the CPU build of torch is found; or: make lock TORCH_CPU="--find-links FOLDER"
+TORCH_CPU := --torch-backend cpu
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test test-all test-low check bench
+.PHONY: demo test test-all test-low check audit sbom lock bench
 
 demo: $(INSTALLED)
 	$(BIN)/ebbtide train recipes/tiny.yaml nproc=2
@@ -27,6 +34,23 @@ check: $(INSTALLED)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+	@$(MAKE) --no-print-directory audit
+
+# known vulnerabilities of what the images install; without network one line, and no failure
+audit:
+	@if $(MAKE) --silent $(INSTALLED_AUDIT) 2>/dev/null; then .venv-audit/bin/python docker/audit.py $(LOCKS); \
+	else echo "not audited: the tools of the audit cannot be installed"; fi
+
+# what the images consist of, as CycloneDX
+sbom: $(INSTALLED_AUDIT)
+	@mkdir -p out
+	@for kind in cpu cuda; do .venv-audit/bin/cyclonedx-py requirements --output-reproducible \
+		--output-file out/sbom-$$kind.json docker/requirements-$$kind.lock && echo "written: out/sbom-$$kind.json"; done
+
+# for Linux on x86_64 and Python 3.11
+lock: $(INSTALLED_AUDIT)
+	$(LOCK) $(TORCH_CPU) --output-file docker/requirements-cpu.lock
+	$(LOCK) --output-file docker/requirements-cuda.lock
 
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/loop.py
@@ -38,6 +62,12 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(PIP) setuptools ninja torch
 	$(PIP) --no-build-isolation --editable ".[dev,trl]"
+	@touch $@
+
+$(INSTALLED_AUDIT): constraints.txt
+	@$(PYTHON) -m venv .venv-audit
+	@.venv-audit/bin/python -m pip install -qq --disable-pip-version-check --retries 1 --constraint constraints.txt \
+		pip-audit cyclonedx-bom uv
 	@touch $@
 
 $(INSTALLED_LOW): pyproject.toml constraints-low.txt

@@ -32,4 +32,6 @@ def choose(what: str, value: object, choices: object) -> UserError:
     names = [str(choice) for choice in choices]  # type: ignore[attr-defined]
     near = get_close_matches(str(value), names, n=1)
     hint = f" (did you mean {near[0]}?)" if near else ""
-    return UserError(f"{what}={value!r}: choose {', '.join(names)}{hint}")
+    shown = repr(value)
+    shown = shown if len(shown) <= 60 else f"{shown[:57]}..."
+    return UserError(f"{what}={shown}: choose {', '.join(names)}{hint}")

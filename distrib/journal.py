@@ -1,4 +1,4 @@
-"""The append-only files of a run, as `metrics.jsonl`: one JSON object a line, each with its `step`."""
+"""The append-only files of a run, as `metrics.jsonl`: one JSON object a line, each with its `step`, without secrets."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from distrib.files import write_text
+from distrib.redaction import clean_texts
 
 
 class Journal:
@@ -19,7 +20,7 @@ class Journal:
         self._file = path.open("a", buffering=1)
 
     def write(self, line: dict[str, Any]) -> None:
-        self._file.write(json.dumps(line) + "\n")
+        self._file.write(json.dumps(clean_texts(line)) + "\n")
 
     def close(self) -> None:
         self._file.close()

@@ -21,8 +21,10 @@ from typing import TYPE_CHECKING, Any
 
 from distrib.errors import Interrupted, Refused, UserError
 from distrib.files import write_text
+from distrib.redaction import clean, clean_text, clean_texts, one_line
 from launch.bench_result import HOW, summary
 from launch.longest import Row, search
+from launch.run_folder import refuse_links, refuse_unusable
 from launch.sides import BASELINES, sections
 from launch.spawn import say, started
 
@@ -81,6 +83,7 @@ class Book:
         return self._known[task.key]
 
     def add(self, task: Task, answer: Row) -> None:
+        answer = clean_texts(answer)
         self._known[task.key] = answer
         with self.path.open("a") as file:
             file.write(json.dumps({"task": task.key, "answer": answer}) + "\n")
@@ -113,13 +116,16 @@ def bench(recipe: Recipe, options: Options, output: Path | None, resume: bool, c
     from launch.recipe_file import dump_recipe
 
     folder = folder_of(recipe, output, resume)
+    refuse_unusable(folder)
+    refuse_links(folder)
     refused, described = check(recipe, options)
-    head = {"recipe": recipe.model_dump(mode="json"), "options": json.loads(json.dumps(asdict(options)))}
+    kept = clean(recipe.model_dump(mode="json"))
+    head = {"recipe": kept, "options": json.loads(json.dumps(asdict(options)))}
     book = Book(folder, head, resume)
     write_text(folder / "recipe.yaml", dump_recipe(recipe))
-    described |= {"created": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "command": command}
+    described |= {"created": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "command": clean_text(command)}
     described |= {"repeats": options.repeats, "steps": options.steps, "warm_up_steps": WARM_UP}
-    described |= {"recipe": recipe.model_dump(mode="json"), "how": HOW}
+    described |= {"recipe": kept, "how": HOW}
     run = Run(recipe, options, folder, book, refused)
     stopped = False
     try:
@@ -130,7 +136,7 @@ def bench(recipe: Recipe, options: Options, output: Path | None, resume: bool, c
     described["machine"] = host() | book.machine()
     result = described | {
         "status": "partial" if stopped else "complete",
-        "rows": summary(options, book, recipe, refused),
+        "rows": clean_texts(summary(options, book, recipe, refused)),
     }
     _write(folder, result)
     if stopped:
@@ -288,7 +294,7 @@ def _died(ranks: Any, log: Path) -> Row:
     if any(rank.returncode == -signal.SIGKILL for rank in ranks):
         return {"status": "oom", "why": "the system ended the process, which had taken all memory"}
     last = (log.read_text(errors="replace").strip().splitlines() or ["no output"])[-1]
-    return {"status": "failed", "why": last[:500]}
+    return {"status": "failed", "why": one_line(last, 500)}
 
 
 def _told(task: Task, answer: Row) -> str:

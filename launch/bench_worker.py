@@ -15,6 +15,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from distrib.errors import OutOfMemory, UserError
+from distrib.redaction import cleaned_output, one_line
 
 if TYPE_CHECKING:
     from distrib.checkpoint import Progress
@@ -44,6 +45,11 @@ class Job:
 
 
 def main() -> None:
+    with cleaned_output():
+        _measure()
+
+
+def _measure() -> None:
     from distrib.meters import spare_the_machine
     from distrib.topology import connect, read_environment
     from launch.cli import quieten
@@ -79,7 +85,7 @@ def failure(error: BaseException) -> Answer:
 
     from distrib.meters import is_out_of_memory
 
-    text = " ".join(str(error).split())
+    text = one_line(error)
     if isinstance(error, OutOfMemory) or is_out_of_memory(error):
         return {"status": "oom", "why": text}
     if isinstance(error, UserError):

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distrib.errors import UserError, choose
+from distrib.redaction import clean, cleaned_output
 from launch.rank import exit_code, follow_supervisor, report_alone, run_ranked, stoppable
 from launch.spawn import launched, say, spawn
 from launch.words import FLAGS, OWN_FLAGS, VALUED_FLAGS, command_parser, split
@@ -35,6 +36,11 @@ QUIET = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. 0 done, 2 the user's mistake, 75 stopped early and can go on, 1 anything else."""
     words = list(sys.argv[1:] if argv is None else argv)
+    with cleaned_output():
+        return _answered(words)
+
+
+def _answered(words: list[str]) -> int:
     try:
         return _run(words)
     except SystemExit as end:
@@ -173,6 +179,7 @@ def _data(arguments: argparse.Namespace) -> int:
     recipe = _recipe(arguments)
     if arguments.count < 1:
         raise UserError(f"--count {arguments.count}: must be at least 1")
+    quieten()
     from distrib.topology import Topology
     from launch.data import open_data, show
     from launch.tokenizer import load_tokenizer
@@ -294,6 +301,10 @@ def _run_folder(arguments: argparse.Namespace) -> Path:
     run: Path = arguments.run
     if not run.is_dir():
         raise UserError(f"{run}: no such run folder; give the output_dir of a recipe that was trained")
+    if os.path.lexists(run / "recipe.lock.yaml"):
+        from launch.run_folder import refuse_links
+
+        refuse_links(run)
     return run
 
 
@@ -309,7 +320,7 @@ def _recipe_command(arguments: argparse.Namespace) -> int:
 
     recipe = _recipe(arguments)
     print(
-        recipe.model_dump_json() if arguments.json else dump_recipe(recipe),
+        json.dumps(clean(recipe.model_dump(mode="json"))) if arguments.json else dump_recipe(recipe),
         end="\n" if arguments.json else "",
     )
     return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,7 +37,7 @@ def export(run: Path, output: Path | None, merge: bool) -> dict[str, Any]:
     if not found:
         raise UserError(f"{run} has no checkpoint yet: train for save_steps={recipe.save_steps} steps first")
     target = output or run / ("merged" if merge else "final")
-    if target.exists() and output is not None:
+    if os.path.lexists(target) and output is not None:
         raise UserError(f"--output {target} exists: name a folder that does not")
     model = _load(recipe, found[-1])
     config = load_config(recipe)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from distrib.errors import Refused, UserError
+from distrib.redaction import one_line
 from distrib.units import blocks
 from strategies.core.edits import base_name
 from strategies.lowbit.frozen import BLOCK, SCALES_BLOCK, Linear4bit, Packed, code_table, joined
@@ -82,16 +83,19 @@ class Stored:
         kind = next((kind for kind in ("nf4", "fp4") if f"{name}.{STATE}{kind}" in self._names), None)
         if kind is None:
             raise UserError(f"{self._source}: {name} has neither {STATE}nf4 nor {STATE}fp4 beside it")
-        state = json.loads(bytes(self._read(f"{name}.{STATE}{kind}").tolist()))
+        try:
+            state = json.loads(bytes(self._read(f"{name}.{STATE}{kind}").tolist()))
+            sizes = state["blocksize"], state.get("nested_blocksize", SCALES_BLOCK)
+            rows, columns = state["shape"]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{self._source}: {name}.{STATE}{kind} cannot be read: {one_line(error, 100)}") from None
         double = "nested_blocksize" in state
-        sizes = state["blocksize"], state.get("nested_blocksize", SCALES_BLOCK)
         table = self._read(f"{name}.quant_map")
         if sizes != (BLOCK, SCALES_BLOCK) or not torch.equal(table, code_table(kind, table.device)):
             raise Refused(
                 f"{self._source}: {name} is in blocks of {sizes[0]} and {sizes[1]} or has a table of its own; only "
                 f"blocks of {BLOCK} and {SCALES_BLOCK} with the usual table are read"
             )
-        rows, columns = state["shape"]
         held = Linear4bit(nn.Linear(columns, rows, bias=False, device="meta"), kind, double)
         # Some keep the bytes as numbers of another type, for an engine that wants one type for all.
         codes = self._read(name).view(torch.uint8).reshape(-1, 1)

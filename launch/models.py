@@ -16,7 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from distrib.errors import Refused, UserError, choose
+from distrib.redaction import one_line
 from distrib.topology import Topology
+from launch import remote_code
 from launch.four_bit import Stored, check_stored, hold_base, stored_in
 from launch.tokenizer import BYTE_VOCABULARY
 from strategies.core.edits import base_name
@@ -58,14 +60,21 @@ def load_config(recipe: Recipe) -> Any:
         config = LlamaConfig(**known)
     else:
         where = _local(recipe.model_name_or_path)
+        if Path(where, "adapter_config.json").is_file():
+            raise UserError(
+                f"model_name_or_path={recipe.model_name_or_path!r} holds an adapter, not a model: name the model that "
+                "it adapts, or one that it was merged into"
+            )
+        remote_code.check(recipe, where)
         try:
             config = AutoConfig.from_pretrained(where, **_hub(recipe))
-        except (OSError, ValueError, KeyError) as error:
+        except Exception as error:  # Transformers trusts what is in a configuration's fields
             raise UserError(
                 f"model_name_or_path={recipe.model_name_or_path!r}: {_one_line(error)}; choose "
                 f"{', '.join(BUILT_IN)}, a folder with config.json, or a hub name"
             ) from None
     _override(config, recipe.config_overrides)
+    remote_code.check_attention(recipe, config)
     if stored := stored_in(config):
         check_stored(recipe, stored)
     if type(config) not in AutoModelForCausalLM._model_mapping and not recipe.trust_remote_code:
@@ -73,6 +82,7 @@ def load_config(recipe: Recipe) -> Any:
             f"model_name_or_path={recipe.model_name_or_path!r}: {type(config).__name__} is not a causal language "
             "model of text; choose one that AutoModelForCausalLM loads"
         )
+    _refuse_impossible(config)
     longest = getattr(config, "max_position_embeddings", None)
     if longest and recipe.max_length > longest:
         raise UserError(f"max_length={recipe.max_length}: this model takes at most {longest} tokens")
@@ -94,6 +104,15 @@ def _override(config: Any, changes: dict[str, Any]) -> None:
         config.validate()
     except StrictDataclassError as error:
         raise UserError(f"the model's configuration does not hold together: {_one_line(error)}") from None
+
+
+def _refuse_impossible(config: Any) -> None:
+    """What a model would be built with, and then not be one, or fail in its first step."""
+    for key, value in config.to_dict().items():
+        if not isinstance(value, int | float):
+            continue
+        if (key == "num_hidden_layers" and value < 1) or ("drop" in key and not 0 <= value <= 1):
+            raise UserError(f"the model's configuration does not hold together: {key}={value}")
 
 
 def check_vocabulary(config: Any, tokenizer: Any) -> None:
@@ -130,7 +149,7 @@ def _hub(recipe: Recipe) -> dict[str, Any]:
 
 
 def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
+    return one_line(error, 200) or type(error).__name__
 
 
 def build(recipe: Recipe, config: Any, dtype: torch.dtype | None = None) -> nn.Module:
@@ -144,8 +163,14 @@ def build(recipe: Recipe, config: Any, dtype: torch.dtype | None = None) -> nn.M
 
     frozen = recipe.lora_r > 0
     base = dtype or (torch.bfloat16 if recipe.bf16 and frozen else torch.float32)
-    with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(config, dtype=base, trust_remote_code=recipe.trust_remote_code)
+    try:
+        with init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(config, dtype=base, trust_remote_code=recipe.trust_remote_code)
+    except Exception as error:  # of any kind, where a configuration does not fit its model
+        raise UserError(
+            f"model_name_or_path={recipe.model_name_or_path!r}: no model can be built from its configuration "
+            f"({type(error).__name__}: {_one_line(error)})"
+        ) from error
     model.tie_weights()
     model.config.use_cache = False
     model.name_or_path = _absolute(recipe.model_name_or_path)
@@ -218,8 +243,7 @@ class Weights:
     def _open(self) -> None:
         folder = self._download()
         index = folder / "model.safetensors.index.json"
-        shards = json.loads(index.read_text())["weight_map"] if index.exists() else {}
-        names = sorted(set(shards.values())) or ["model.safetensors"]
+        names = _shards(index) if index.exists() else ["model.safetensors"]
         for file in (folder / name for name in names):
             self._files |= dict.fromkeys(self._tensors(file), file)
         needed = {name for name, _ in self._blueprint.named_parameters()}
@@ -243,7 +267,7 @@ class Weights:
                 f"model_name_or_path={self._recipe.model_name_or_path!r} has no {file.name}: give a folder "
                 "with its weights as safetensors, or `init: random`"
             ) from None
-        except SafetensorError as error:
+        except (OSError, SafetensorError) as error:
             raise UserError(f"{file} cannot be read: {_one_line(error)}") from None
 
     def _download(self) -> Path:
@@ -269,6 +293,7 @@ class Weights:
                 dtype=torch.float32,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,
+                use_safetensors=True,
                 **_hub(self._recipe),
             )
             for name, saved, wanted in sorted(report["mismatched_keys"]):
@@ -370,6 +395,16 @@ class Weights:
         value = value.to(self._topology.device, like.dtype)
         dist.broadcast(value, src=0)
         return value.cpu()
+
+
+def _shards(index: Path) -> list[str]:
+    try:
+        names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
+        if not names or any(Path(name).name != name or name == ".." for name in names):
+            raise ValueError(f"weight_map must name files beside it, not {names}")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"{index} cannot be read: {_one_line(error)}") from None
+    return names
 
 
 def _owners(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:

@@ -22,6 +22,7 @@ import strategies
 from distrib.engines import NAMES as ENGINES
 from distrib.engines import check as check_engine
 from distrib.errors import Refused, UserError, choose
+from distrib.redaction import one_line
 from distrib.topology import Topology
 from distrib.trace import CLASSES
 from launch import sides
@@ -166,7 +167,7 @@ def _failure(error: Exception) -> Row:
     cause = error.__cause__ or error
     if isinstance(cause, UserError):
         return {"status": "refused", "why": str(error)}
-    why = " ".join(str(cause).split())[:200]
+    why = one_line(cause, 200)
     return {"status": "unknown", "why": f"it does not run without data ({type(cause).__name__}: {why})"}
 
 

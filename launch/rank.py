@@ -14,6 +14,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 from distrib.errors import Interrupted, NotFinite, UserError, WrongGradients
+from distrib.redaction import one_line, without_values
 from launch.spawn import STOPPED, SUPERVISED, launched, say
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ def report(error: BaseException, rank: str | None) -> None:
     """One line for what a user can act on, a traceback for the rest, once."""
     where = f"rank {rank}: " if rank is not None else ""
     if isinstance(error, UserError | Interrupted | NotFinite | WrongGradients):
-        say(" ".join(str(error).split()))
+        say(one_line(error))
     elif isinstance(error, KeyboardInterrupt):
         say("interrupted")
     elif isinstance(error, RuntimeError) and "gloo/transport" in str(error):
@@ -46,7 +47,7 @@ def report(error: BaseException, rank: str | None) -> None:
         late = "Timed out" in str(error)
         say(f"{where}{'waited too long for' if late else 'lost the connection to'} another rank")
     else:
-        lines = "".join(traceback.format_exception(error)).splitlines()
+        lines = without_values("".join(traceback.format_exception(error))).splitlines()
         print("\n".join(where + line for line in lines), file=sys.stderr, flush=True)
 
 
@@ -64,7 +65,7 @@ def report_alone(error: BaseException, env: Mapping[str, str]) -> None:
         if SUPERVISED not in env:
             time.sleep(PEERS_GRACE_S)
     elif not isinstance(error, Interrupted | KeyboardInterrupt):
-        say(f"rank {_rank(env)}: {type(error).__name__}: {' '.join(str(error).split())}")
+        say(f"rank {_rank(env)}: {type(error).__name__}: {one_line(error)}")
 
 
 def _rank(env: Mapping[str, str]) -> str:

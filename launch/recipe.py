@@ -347,5 +347,8 @@ def _data_rules(recipe: Recipe) -> None:
 
 
 def _loop_rules(recipe: Recipe) -> None:
+    parts = recipe.output_dir.split("/")
+    if ".." in parts or not recipe.output_dir.isprintable():
+        raise UserError(f"output_dir={recipe.output_dir[:200]!r}: name a folder without `..` and control characters")
     if recipe.warmup_steps and recipe.warmup_ratio:
         raise UserError(f"warmup_steps={recipe.warmup_steps} and warmup_ratio={recipe.warmup_ratio}: give one of them")

@@ -12,9 +12,10 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
 from distrib.errors import UserError
+from distrib.redaction import clean, learn
 from launch.recipe import ENGINE_KEYS, Recipe, Source
 from launch.recipe_schema import explain, shown
-from launch.strict_yaml import LONGEST_CHARACTERS, dump, parse
+from launch.strict_yaml import CONTROL, LONGEST_CHARACTERS, dump, parse
 
 LISTS = ("dataset", "eval_dataset", "strategy")
 SECTIONS = ("objective", "engine", "optimizer")
@@ -32,6 +33,7 @@ def load_recipe(path: str, overrides: Sequence[str] = ()) -> Recipe:
         raise UserError(f"{path}: {'is empty' if tree is None else 'is not a mapping'}; a recipe is `key: value` lines")
     for keys, text in sorted(pairs(overrides), key=_width):
         _set(tree, keys, text)
+    learn(tree)
     try:
         recipe = Recipe.model_validate(tree)
     except ValidationError as error:
@@ -42,9 +44,9 @@ def load_recipe(path: str, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def dump_recipe(recipe: Recipe) -> str:
-    """Every key of the recipe as YAML that loads back to the same one."""
+    """Every key of the recipe as YAML that loads back to the same one, but for secrets."""
     foreign = {key for key, owner in ENGINE_KEYS.items() if owner != recipe.engine.name}
-    return dump(recipe.model_dump(mode="json", exclude={"engine": foreign}))
+    return dump(clean(recipe.model_dump(mode="json", exclude={"engine": foreign})))
 
 
 def global_batch(recipe: Recipe, world: int) -> int:
@@ -90,6 +92,8 @@ def pairs(overrides: Sequence[str]) -> list[tuple[list[str], str]]:
             text.encode()
         except UnicodeEncodeError:
             raise UserError(f"{key}: the value is not UTF-8 text") from None
+        if CONTROL.search(text):
+            raise UserError(f"{key}: the value has control characters")
         found.append((keys, text))
     return found
 

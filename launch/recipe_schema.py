@@ -15,6 +15,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from distrib.errors import UserError, choose
+from distrib.redaction import clean
 from launch import recipe as sections
 
 Node = dict[str, Any]
@@ -93,6 +94,7 @@ def shown(value: object) -> str:
     """The value as a user wrote it, short enough for a line."""
     if isinstance(value, BaseModel):
         value = value.model_dump()
+    value = clean(value)
     plain = {True: "true", False: "false", None: "null"}
     try:
         text = plain[value] if value is None or isinstance(value, bool) else repr(value)

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from distrib.errors import UserError
+from launch.strict_yaml import parse
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -39,15 +40,13 @@ def sides_of(text: str) -> list[str]:
 
 def section(side: str) -> dict[str, Any]:
     """`name:field=value:field=value` as a recipe's section."""
-    import yaml
-
     name, *fields = side.split(":")
-    found = {"name": name}
+    found: dict[str, Any] = {"name": name}
     for field in fields:
         key, equals, value = field.partition("=")
         if not equals:
             raise UserError(f"{side!r}: {field!r} is no field; write name:field=value:field=value")
-        found[key] = yaml.safe_load(value)
+        found[key] = parse(value, f"{name}:{key}")
     return found
 
 

@@ -17,6 +17,7 @@ from distrib.errors import UserError
 
 LONGEST_CHARACTERS = 2**16
 DEEPEST = 20
+CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff]")
 
 _RESOLVERS = [
     ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
@@ -40,7 +41,7 @@ class _Loader(yaml.SafeLoader):
 
     def construct_scalar(self, node: yaml.ScalarNode | yaml.MappingNode) -> str:
         text = str(super().construct_scalar(node))
-        if re.search("[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff]", text):
+        if CONTROL.search(text):
             raise _Surprise("control characters", node.start_mark)
         return text
 

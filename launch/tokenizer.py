@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distrib.errors import UserError
+from distrib.redaction import one_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -83,8 +84,11 @@ def _byte_characters() -> dict[str, int]:
 def _pretrained(recipe: Recipe) -> Any:
     from transformers import AutoTokenizer
 
+    from launch import remote_code
+
     name = recipe.model_name_or_path
     path = Path(name).expanduser()
+    remote_code.check(recipe, str(path) if path.is_dir() else name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             str(path) if path.is_dir() else name,
@@ -92,7 +96,7 @@ def _pretrained(recipe: Recipe) -> Any:
             trust_remote_code=recipe.trust_remote_code,
         )
     except Exception as error:
-        why = f"{type(error).__name__}: {error}".split("\n")[0][:200]
+        why = one_line(f"{type(error).__name__}: {error}", 200)
         raise UserError(
             f"model_name_or_path={name!r} has no tokenizer that loads ({why}); choose "
             f"{', '.join(BYTE_MODELS)}, a folder with the tokenizer's files beside config.json, or a hub name"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import platform
 import sys
 from collections.abc import Callable
@@ -29,6 +28,7 @@ from distrib.journal import read
 from distrib.loop import Loop, Plan, resume
 from distrib.optim import Schedule
 from distrib.pipeline import record
+from distrib.redaction import clean, clean_texts, same
 from distrib.topology import Topology
 from launch.assemble import Parts
 from launch.console import Console
@@ -38,6 +38,7 @@ from launch.export import LOCK, write_folder
 from launch.pages.run import summary, write_pages
 from launch.recipe_file import dump_recipe, load_recipe
 from launch.reference import annotator
+from launch.run_folder import refuse_links, refuse_unusable
 from launch.verify import check_gradients, check_pipeline
 from strategies import Prepared, Strategy
 
@@ -102,13 +103,12 @@ def _train(recipe: Recipe, topology: Topology, meter: Meter) -> dict[str, Any]:
 
 def _check_folder(run: Path, recipe: Recipe) -> None:
     """A folder belongs to one run: nothing in it is overwritten by another."""
-    nearest = next(folder for folder in (run, *run.parents) if folder.exists())
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
-        raise UserError(f"output_dir={str(run)!r}: cannot write below {nearest}; name another folder")
+    refuse_unusable(run)
     if not run.exists() or not any(run.iterdir()):
         return
     if not (run / LOCK).exists():
         raise UserError(f"output_dir={str(run)!r} is in use, and not by a run (it has no {LOCK}): name another")
+    refuse_links(run)
     if recipe.resume_from_checkpoint is False:
         raise UserError(
             f"output_dir={str(run)!r} holds a run and resume_from_checkpoint=false: name another folder, or go on "
@@ -116,10 +116,10 @@ def _check_folder(run: Path, recipe: Recipe) -> None:
         )
     before, now = (_lasting(one) for one in (load_recipe(str(run / LOCK)), recipe))
     for key in now:
-        if key not in MAY_CHANGE and before[key] != now[key]:
+        if key not in MAY_CHANGE and not same(before[key], now[key]):
             raise UserError(
                 f"output_dir={str(run)!r} holds the run of another recipe: {key} was {before[key]!r}, is "
-                f"{now[key]!r}; name another output_dir"
+                f"{clean(now[key])!r}; name another output_dir"
             )
 
 
@@ -211,6 +211,7 @@ def _finish(recipe: Recipe, config: Any, run: Path, step: Prepared, progress: Pr
         if recorded:
             record.write(run / record.FILE, recorded)
         result = _summary(recipe, run, engine, accounts, progress)
+        result = clean_texts(result)
         write_text(report, json.dumps(result, indent=1))
         write_pages(run)
     checkpoint.wait(engine)

@@ -24,6 +24,7 @@ from distrib.contracts import Batch, Context, evaluating
 from distrib.engines.torch_engine import TorchEngine
 from distrib.errors import UserError, WrongGradients
 from distrib.meters import forget_peak, free_bytes, peak_bytes
+from distrib.redaction import one_line
 from distrib.topology import Topology
 from launch.assemble import Parts
 from launch.data.short import short_rows
@@ -54,7 +55,7 @@ def gradient_error(recipe: Recipe, topology: Topology, length: int = LENGTH) -> 
         try:
             return _built(parts, torch.float64, length)
         except RuntimeError as error:
-            refused = f"float64 failed ({' '.join(str(error).split())[:120]})"
+            refused = f"float64 failed ({one_line(error, 120)})"
     return {**_built(parts, None, length), "why_not_float64": refused}
 
 

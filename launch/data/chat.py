@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from distrib.redaction import one_line
+
 Message = dict[str, Any]
 
 
@@ -27,6 +29,7 @@ class Chat:
         turns = _checked(messages)
         template = self._template()
         whole = self._render(turns)
+        whole.encode()  # no halves of surrogate pairs
         encoded = self.tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         ids, starts = encoded["input_ids"], [start for start, _ in encoded["offset_mapping"]]
         if re.search(r"\{%-?\s*generation\b", template):
@@ -50,12 +53,10 @@ class Chat:
         return template if isinstance(template, str) else str(template.get("default", ""))
 
     def _render(self, turns: list[Message], **options: Any) -> Any:
-        from jinja2 import TemplateError
-
         try:
             return self.tokenizer.apply_chat_template(turns, **({"tokenize": False} | options))
-        except (TemplateError, TypeError, KeyError, IndexError) as error:
-            raise ValueError(f"the chat template refuses the messages: {error}") from None
+        except Exception as error:  # the template is a program that came with the tokenizer
+            raise ValueError(f"the chat template refuses the messages: {one_line(error, 200)}") from None
 
     def _marks(self, turns: list[Message]) -> list[int]:
         marked = self._render(turns, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)

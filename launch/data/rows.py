@@ -20,8 +20,9 @@ from numpy.typing import NDArray
 
 from distrib.errors import UserError
 from launch.data.chat import Chat, Message
-from launch.data.sources import Record
+from launch.data.sources import LONGEST_CHARACTERS, Record
 
+LARGEST = np.finfo(np.float64).max
 SHAPES: dict[str, list[tuple[str, tuple[str, ...]]]] = {
     "sft": [("messages", ("messages",)), ("answer", ("prompt", "completion")), ("text", ("text",))],
     "dpo": [("preference", ("chosen", "rejected"))],
@@ -116,6 +117,9 @@ class Encoder:
     def _ids(self, text: Any, what: str) -> list[int]:
         if not isinstance(text, str):
             raise ValueError(f"{what} is {type(text).__name__}, must be a string")
+        if len(text) > LONGEST_CHARACTERS:
+            raise ValueError(f"{what} has {len(text)} characters, at most {LONGEST_CHARACTERS} are read; split it")
+        text.encode()  # halves of surrogate pairs, which JSON can spell, are no text
         ids: list[int] = self.tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)[
             "input_ids"
         ]
@@ -184,7 +188,7 @@ class Encoder:
         if len(completions) != len(rewards):
             raise ValueError(f"{len(completions)} completions but {len(rewards)} rewards: must be as many")
         for reward in rewards:
-            if isinstance(reward, bool | str) or reward is None or not np.isfinite(reward):
+            if isinstance(reward, bool) or not isinstance(reward, int | float) or not abs(reward) <= LARGEST:
                 raise ValueError(f"reward {reward!r} must be a finite number")
         return tuple(self._answer(record["prompt"], c, float(r)) for c, r in zip(completions, rewards, strict=True))
 

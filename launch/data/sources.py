@@ -12,10 +12,12 @@ import os
 import sysconfig
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import IO, Any
 
 from distrib.errors import UserError
+from distrib.redaction import one_line
 from launch.recipe import Source
 
 Record = dict[str, Any]
@@ -25,6 +27,11 @@ TEXT_SUFFIXES = _PROSE + _CODE
 JSON_SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz")
 DATA_SUFFIXES = (*JSON_SUFFIXES, ".parquet")
 PIECE_CHARACTERS = 1 << 20
+LONGEST_CHARACTERS = 1 << 26
+"""Of a line of JSON, and of a text in a row."""
+LONGEST_LIST_CHARACTERS = 1 << 30
+KINDS = ("json", "parquet")
+"""What `datasets` may take a folder for; it also knows formats that run or fetch something."""
 _NOT_LIBRARY = {
     "test",
     "tests",
@@ -83,14 +90,14 @@ def _records(source: Source, fingerprint: str, read: Callable[[], Iterator[Recor
     def guarded() -> Iterator[Record]:
         try:
             yield from read()
-        except (OSError, ValueError, TypeError) as error:
+        except Exception as error:  # of half a dozen libraries, about what they are given
             raise UserError(f"dataset={source.name!r} cannot be read: {_line(error)}") from None
 
     return Records(source.name, source.weight, fingerprint, guarded)
 
 
 def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
+    return one_line(error, 300) or type(error).__name__
 
 
 def _suffix(path: Path) -> str:
@@ -131,12 +138,28 @@ def _folder(source: Source, path: Path) -> Records:
     data = _files(path, DATA_SUFFIXES)
     if data:
         stamp = json.dumps([_stamp(path, data), source.split, source.subset])
-        return _records(source, stamp, lambda: _load(str(path), name=source.subset, split=source.split))
+        return _records(source, stamp, lambda: _data_files(path, source))
     _only_whole(source, "a folder of text")
     texts = _files(path, TEXT_SUFFIXES)
     if not texts:
         raise UserError(f"dataset={source.name!r}: the folder holds no text and no data files; {_choices()}")
     return _records(source, _stamp(path, texts), lambda: _texts(texts))
+
+
+def _data_files(path: Path, source: Source) -> Iterator[Record]:
+    import datasets
+
+    datasets.utils.logging.set_verbosity(logging.CRITICAL)
+    builder = datasets.load_dataset_builder(str(path), name=source.subset)
+    kind = type(builder).__module__.rpartition(".")[2]
+    if kind not in KINDS:
+        raise ValueError(
+            f"the folder would be read as {kind}; name the file, or a folder of {' or '.join(KINDS)} alone"
+        )
+    for file in (str(file) for files in builder.config.data_files.values() for file in files):
+        if not Path(os.path.normpath(file)).is_relative_to(path.resolve()):
+            raise ValueError(f"its README.md names {file}, which is not in the folder")
+    yield from map(dict, builder.as_streaming_dataset(split=source.split))
 
 
 def _texts(files: list[Path]) -> Iterator[Record]:
@@ -168,17 +191,32 @@ def _json(path: Path) -> Iterator[Record]:
     ):
         listed = lines.read(1) == "["
         lines.seek(0)
-        numbered = enumerate(json.load(lines) if listed else lines, start=1)
-        for number, item in numbered:
-            where = f"{'item' if listed else 'line'} {number}"
-            if listed or item.strip():
-                yield _object(item if listed else _parse(item, where), where)
+        if listed:
+            text = _bounded(lines.read, LONGEST_LIST_CHARACTERS, "the list")
+            for number, item in enumerate(_parse(text, "the list"), start=1):
+                yield _object(item, f"item {number}")
+            return
+        for number in count(1):
+            line = _bounded(lines.readline, LONGEST_CHARACTERS, f"line {number}")
+            if line.strip():
+                yield _object(_parse(line, f"line {number}"), f"line {number}")
+            elif not line:
+                return
+
+
+def _bounded(read: Callable[[int], str], most: int, where: str) -> str:
+    text = read(most + 1)
+    if len(text) > most:
+        raise ValueError(f"{where} is longer than {most} characters; split it, one object a line")
+    return text
 
 
 def _parse(line: str, where: str) -> Any:
     try:
         return json.loads(line)
-    except json.JSONDecodeError as error:
+    except RecursionError:
+        raise ValueError(f"{where} is not data: it is nested too deeply") from None
+    except ValueError as error:
         raise ValueError(f"{where} is not JSON: {error}") from None
 
 
@@ -202,6 +240,9 @@ def _hub(source: Source) -> Records:
     """A set on the hub. Its fingerprint is the commit that the revision stands for now."""
     import datasets
 
+    if source.name in datasets.packaged_modules._PACKAGED_DATASETS_MODULES:
+        # a reader of files, which would take all that it finds in the working directory
+        raise UserError(f"dataset={source.name!r} is a kind of file, not a data set; {_choices()}")
     where = {"name": source.subset, "revision": source.revision}
     try:
         builder = datasets.load_dataset_builder(source.name, **where)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from distrib.redaction import clean, clean_texts, one_line
 from launch.pages import document, html, svg, text
 from launch.pages.document import Block, Cell, Document, Facts, Items, Listing, Notice, Plots, Table
 from launch.pages.text import figure, known
@@ -104,7 +105,7 @@ class View:
     """What the three renderings share: names, cells, points and sentences."""
 
     def __init__(self, result: Mapping[str, Any]) -> None:
-        self.result: Mapping[str, Any] = text.clean_texts(result)
+        self.result: Mapping[str, Any] = clean_texts(result)
         self.rows: list[Row] = self.result["rows"]
         self.varied = [key for key in ("engine", "world") if len({row.get(key) for row in self.rows}) > 1]
         names = dict.fromkeys(self.name(row) for row in self.rows)
@@ -223,7 +224,7 @@ def bench_table(result: Mapping[str, Any]) -> str:
         lines = [document.plain_table(["strategy", *(column.brief for column in shown)], cells)]
         said = [f"{column.title}: {view.absent(column, rows[0])}" for column in brief if column not in shown]
     said += view.frontiers() + view.missing() + view.notices()
-    lines += [textwrap.fill(text.one_line(one), 110, subsequent_indent="  ", break_on_hyphens=False) for one in said]
+    lines += [textwrap.fill(one_line(one), 110, subsequent_indent="  ", break_on_hyphens=False) for one in said]
     return "\n".join(lines) + "\n"
 
 
@@ -273,7 +274,7 @@ def _document(view: View) -> Document:
             ("Without numbers", [Items(lost) if lost else "Every row was measured."]),
             ("How each number was got", [Items(how) if how else text.UNKNOWN]),
             ("The machine", [Facts(place)]),
-            ("The recipe", [Listing("Every key of it", dump(text.clean(result["recipe"])))]),
+            ("The recipe", [Listing("Every key of it", dump(clean(result["recipe"])))]),
         ],
     )
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from launch.pages.text import one_line
+from distrib.redaction import one_line
 
 LONGEST_NAME = 28
 

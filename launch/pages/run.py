@@ -14,6 +14,7 @@ from typing import Any
 from distrib import journal
 from distrib.errors import UserError
 from distrib.files import write_text
+from distrib.redaction import clean, clean_texts
 from launch.pages import document, html, svg, text
 from launch.pages.document import Block, Cell, Document, Facts, Items, Listing, Notice, Plots, Table
 from launch.pages.text import figure, known
@@ -57,9 +58,13 @@ def run_markdown(run: Path) -> str:
 
 def write_pages(run: Path) -> dict[str, str]:
     """`report.html` and `report.md` beside the run's other files; returns where they are."""
-    made = _document(_read(run))
-    write_text(run / "report.html", html.page(made))
-    write_text(run / "report.md", document.markdown(made))
+    try:
+        made = _document(_read(run))
+        pages = {"report.html": html.page(made), "report.md": document.markdown(made)}
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise UserError(f"{run} does not hold what a run writes: {type(error).__name__}: {error}") from None
+    for name, page in pages.items():
+        write_text(run / name, page)
     return {"html": str(run / "report.html"), "markdown": str(run / "report.md")}
 
 
@@ -83,14 +88,14 @@ def _read(run: Path) -> Run:
         lines: list[dict[str, Any]] = _undamaged(run / f"{name}.jsonl", journal.read)
         return lines
 
-    recipe = text.clean(parse((run / LOCK).read_text("utf-8"), str(run / LOCK)))
-    lines, events = journalled("metrics"), text.clean_texts(journalled("events"))
+    recipe = clean(parse((run / LOCK).read_text("utf-8"), str(run / LOCK)))
+    lines, events = journalled("metrics"), clean_texts(journalled("events"))
     report = run / "report.json"
     made = _undamaged(report, lambda path: json.loads(path.read_text())) if report.exists() else {}
     if lines and made.get("step", 0) < lines[-1]["step"]:
         made = {}
     _add_power(lines, events)
-    return Run(run.resolve().name, recipe, lines, journalled("evaluations"), events, text.clean_texts(made))
+    return Run(run.resolve().name, recipe, lines, journalled("evaluations"), events, clean_texts(made))
 
 
 def _undamaged(path: Path, read: Callable[[Path], Any]) -> Any:

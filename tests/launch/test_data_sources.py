@@ -175,7 +175,7 @@ WRONG = [
     ("a.jsonl", b'{"text": "ok"}\n{"text": \n', {}, "cannot be read: line 2 is not JSON: "),
     ("a.jsonl", b'{"text": "ok"}\n[1]\n', {}, "line 2 is list, must be an object"),
     ("a.json", b'[{"text": "ok"}, 3]', {}, "item 2 is int, must be an object"),
-    ("a.json", b'[{"text": "ok"}', {}, "cannot be read: Expecting ',' delimiter"),
+    ("a.json", b'[{"text": "ok"}', {}, "the list is not JSON: Expecting ',' delimiter"),
     ("a.jsonl", b"\xff\xfe", {}, "cannot be read: 'utf-8' codec"),
     ("a.jsonl.gz", b"not zipped", {}, "Not a gzipped file"),
     ("a.parquet", b"not parquet", {}, "cannot be read: "),

@@ -17,11 +17,12 @@ import pytest
 from page_cases import GIB, MEAN, many, nothing, result, row, run_folder, write_lines
 
 from distrib.errors import UserError
+from distrib.redaction import clean
 from launch.pages import svg
 from launch.pages.bench import bench_html, bench_markdown, bench_table, frontier
 from launch.pages.html import el
 from launch.pages.run import run_html, run_markdown, thinned, write_pages
-from launch.pages.text import clean, figure, si
+from launch.pages.text import figure, si
 
 BENCH: list[Callable[[Any], str]] = [bench_html, bench_markdown, bench_table]
 RUN: list[Callable[[Path], str]] = [run_html, run_markdown]
