@@ -12,7 +12,7 @@ and whatever else the objective reads, one value a row ([B]) or a token ([B, T],
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -120,7 +120,10 @@ class Engine(Protocol):
 
     def zero_grad(self) -> None: ...
 
-    def save(self, folder: Path) -> None: ...
+    def save(self, create: Callable[[str], Any]) -> None:
+        """Write this rank's files, each from its beginning to its end, into what `create` opens by name. Every rank
+        calls it."""
+        ...
 
     def load(self, folder: Path) -> None: ...
 

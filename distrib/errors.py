@@ -17,6 +17,10 @@ class Interrupted(Exception):
     """Stopped early with a checkpoint; the same command goes on. Exit code 75."""
 
 
+class NotWritten(Exception):
+    """What a run writes does not reach the disk; checkpoints that were whole still are. Exit code 1, in one line."""
+
+
 class NotFinite(Exception):
     """A loss or gradient that is NaN or infinite; raised before the weights are touched."""
 

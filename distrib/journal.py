@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from distrib.files import write_text
+from distrib.files import write_all, write_text, writing
 from distrib.redaction import clean_texts
 
 
@@ -14,16 +14,21 @@ class Journal:
     """Appends lines; opening it at a step drops what a stopped run wrote after that step, or wrote half."""
 
     def __init__(self, path: Path, step: int) -> None:
+        self._path = path
         kept = [line for line in read(path) if line["step"] <= step]
-        if path.exists() or kept:
-            write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
-        self._file = path.open("a", buffering=1)
+        with writing(path):
+            if path.exists() or kept:
+                write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
+            # Unbuffered: what could not be written is not tried again when it is closed.
+            self._file = path.open("ab", buffering=0)
 
     def write(self, line: dict[str, Any]) -> None:
-        self._file.write(json.dumps(clean_texts(line)) + "\n")
+        with writing(self._path):
+            write_all(self._file, memoryview(json.dumps(clean_texts(line)).encode() + b"\n"))
 
     def close(self) -> None:
-        self._file.close()
+        with writing(self._path):
+            self._file.close()
 
 
 def read(path: Path) -> list[dict[str, Any]]:

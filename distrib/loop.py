@@ -12,12 +12,13 @@ import logging
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from copy import deepcopy
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -26,11 +27,13 @@ from distrib import checkpoint
 from distrib.checkpoint import Manifest, Progress
 from distrib.contracts import Batch, Context, Engine, Remembers, Step, Window
 from distrib.energy import Account, Meter, Reading
-from distrib.errors import Interrupted, NotFinite, OutOfMemory, UserError
+from distrib.errors import Interrupted, NotFinite, NotWritten, OutOfMemory, UserError
+from distrib.files import writing
 from distrib.journal import Journal
 from distrib.meters import is_out_of_memory, peak_bytes
 from distrib.optim import Schedule
 from distrib.profiling import Profiler, snapshot
+from distrib.saving import Saving, from_main
 
 log = logging.getLogger("ebbtide")
 
@@ -51,6 +54,11 @@ class Plan:
     save_total_limit: int | None
     eval_steps: int | None
     profile_steps: tuple[int, int] | None = None
+    save_best: bool = False
+    save_async: bool = True
+    on_save_error: Literal["stop", "continue"] = "stop"
+    strategy: Sequence[str] = ()
+    versions: Mapping[str, str | None] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -62,6 +70,7 @@ class Totals:
     nonpad_tokens: int
     loss_tokens: int
     stop: bool
+    written: bool
     ids: list[int]
 
 
@@ -104,12 +113,15 @@ class Loop:
         self._stop = False
         self._journals: dict[str, Journal] = {}
         self._saved: int | None = None
+        self._saving: Saving | None = None
+        self._eval_loss: tuple[int, float | None] = (0, None)
 
     def run(self, progress: Progress) -> Progress:
         """From `progress` to the plan's last step; raises Interrupted after a checkpoint when told to stop."""
         names = ("metrics", "samples", "evaluations", "energy", "events") if self.topology.main else ()
         if self.topology.main:
-            checkpoint.drop_after(self.plan.run, progress.step)
+            with writing(self.plan.run):
+                checkpoint.drop_after(self.plan.run, progress.step)
         self._saved = progress.step if checkpoint.exists(self.plan.run, progress.step) else None
         self._line_mark = self._checkpoint_mark = Mark(self.meter.read(), progress)
         self._journals = {name: Journal(self.plan.run / f"{name}.jsonl", progress.step) for name in names}
@@ -124,9 +136,15 @@ class Loop:
                 progress = self.one(progress)
                 if (trace := profiler.end(progress.step)) and self.topology.main:
                     log.info("steps are traced in %s", trace)
+            self._settle()
             self._event(progress, "finish")
-        except (Interrupted, NotFinite, UserError) as error:
-            self._event(progress, "stop", str(error))
+        except Exception as error:
+            # The other ranks may not know of an error in one of them alone.
+            if isinstance(error, NotFinite) or self.topology.world == 1:
+                with suppress(NotWritten):
+                    self._settle()
+            if isinstance(error, Interrupted | NotFinite | NotWritten | UserError):
+                self._event(progress, "stop", str(error))
             raise
         finally:
             profiler.end(progress.step, early=True)
@@ -186,8 +204,11 @@ class Loop:
         stop = start + plan.global_batch if plan.rows is None else min(start + plan.global_batch, plan.rows)
         window = self.window(start, stop)
         totals = self._totals(window)
+        if totals.written:
+            self._settle()
         if totals.stop:
             self._save(progress)
+            self._settle()
             raise Interrupted(f"stopped after step {progress.step}; the same command goes on from there")
         if totals.weight == 0:
             raise UserError(
@@ -267,6 +288,7 @@ class Loop:
         plan = self.plan
         if plan.eval_steps and progress.step % plan.eval_steps == 0:
             figures = self.evaluate(progress.step)
+            self._eval_loss = (progress.step, figures.get("eval_loss"))
             if self._journals:
                 line = {"step": progress.step, **figures}
                 self._journals["evaluations"].write(line)
@@ -275,6 +297,8 @@ class Loop:
             self._save(progress)
 
     def _save(self, progress: Progress) -> None:
+        """Begins to; one that is still being written is waited for."""
+        self._settle()
         # Before the first step there is nothing to save, and torch would save the optimizer as if it had made one.
         if progress.step in (0, self._saved):
             return
@@ -282,29 +306,60 @@ class Loop:
         energy, self._checkpoint_mark = self._energy_since(self._checkpoint_mark, progress)
         if self._journals:
             self._journals["energy"].write({"step": progress.step, **energy.as_dict()})
-        state = self.step.state() if isinstance(self.step, Remembers) else {}
-        manifest = Manifest(progress, self.topology.world, self.engine.name, self.plan.global_batch, state)
-        checkpoint.save(self.plan.run, self.engine, manifest, self.plan.save_total_limit)
+        step, loss = self._eval_loss
+        manifest = Manifest(
+            progress,
+            self.topology.world,
+            self.engine.name,
+            self.plan.global_batch,
+            # What it is now, however long the files take.
+            deepcopy(self.step.state()) if isinstance(self.step, Remembers) else {},
+            eval_loss=loss if step == progress.step and loss is not None and math.isfinite(loss) else None,
+            time=time.time(),
+            strategy=list(self.plan.strategy),
+            versions=dict(self.plan.versions),
+        )
+        self._saving = Saving(self.plan.run, self.engine, manifest, self.plan.save_async)
         self._saved = progress.step
+        if not self.plan.save_async:
+            self._settle()
+
+    def _settle(self) -> None:
+        """Waits for the checkpoint in the making. Every rank calls it, and all end it alike."""
+        if self._saving is None:
+            return
+        saving, self._saving = self._saving, None
+        why = saving.finish(self.plan.save_total_limit, self.plan.save_best)
+        if why is None:
+            return
+        step = saving.manifest.progress.step
+        if self._saved == step:
+            self._saved = None
+        self._event(saving.manifest.progress, "not saved", why)
+        if self.plan.on_save_error == "stop":
+            raise NotWritten(f"step {step} is not saved: {why}; the checkpoint before is untouched")
+        if self.topology.main:
+            log.warning("step %s is not saved, training goes on: %s", step, why)
 
     def _totals(self, window: Window) -> Totals:
         """One exchange before the first backward: W, the counts, the sample ids, and whether anyone should stop."""
         room = -(-self.plan.global_batch // self.topology.data_world)
-        mine = torch.full((5 + room,), -1.0, dtype=torch.float64)
+        mine = torch.full((6 + room,), -1.0, dtype=torch.float64)
         weight = sum(self.weight(batch) for batch in window.micro_batches)
-        counts = [weight, window.tokens, window.nonpad_tokens, window.loss_tokens, float(self._stop)]
-        mine[: 5 + len(window.ids)] = torch.tensor(counts + window.ids, dtype=torch.float64)
+        written = self._saving is not None and self._saving.written
+        counts = [weight, window.tokens, window.nonpad_tokens, window.loss_tokens, float(self._stop), float(written)]
+        mine[: 6 + len(window.ids)] = torch.tensor(counts + window.ids, dtype=torch.float64)
         everyone = [torch.empty_like(mine) for _ in range(self.topology.world)]
         if self.topology.world > 1:
             dist.all_gather(everyone, mine)
         else:
             everyone = [mine]
-        stop = any(row[4] > 0 for row in everyone)
+        stop, written = any(row[4] > 0 for row in everyone), all(row[5] > 0 for row in everyone)
         # One of those that have the same rows.
         rows = torch.stack(everyone[: self.topology.world // self.topology.stages : self.topology.tensor])
         weight, tokens, nonpad, learned = rows[:, :4].sum(0).tolist()
-        ids = [int(number) for number in rows[:, 5:].flatten().tolist() if number >= 0]
-        return Totals(weight, int(tokens), int(nonpad), int(learned), stop, ids)
+        ids = [int(number) for number in rows[:, 6:].flatten().tolist() if number >= 0]
+        return Totals(weight, int(tokens), int(nonpad), int(learned), stop, written, ids)
 
     def _sum(self, value: torch.Tensor) -> float:
         """Over the data-parallel ranks."""
@@ -326,9 +381,14 @@ class Loop:
 
 
 def resume(plan: Plan, engine: Engine, step: Step, chosen: Path | None) -> Progress:
-    """Load `chosen`, or the newest checkpoint of the run; a fresh start when there is none."""
-    found = checkpoint.checkpoints(plan.run)
-    source = chosen or (found[-1] if found else None)
+    """Load `chosen`, or the newest checkpoint of the run that is whole; a fresh start where nothing was saved."""
+
+    def find() -> tuple[Path | None, list[str]]:
+        return (chosen, checkpoint.require(chosen)) if chosen else checkpoint.newest(plan.run)
+
+    source, notes = from_main(engine.topology, find)
+    for note in notes if engine.topology.main else ():
+        log.warning("%s", note)
     if source is None:
         return Progress()
     manifest = checkpoint.read_manifest(source)

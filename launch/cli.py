@@ -17,7 +17,7 @@ from distrib.errors import UserError, choose
 from distrib.redaction import clean, cleaned_output
 from launch.rank import exit_code, follow_supervisor, report_alone, run_ranked, stoppable
 from launch.spawn import launched, say, spawn
-from launch.words import FLAGS, OWN_FLAGS, VALUED_FLAGS, command_parser, split
+from launch.words import CHECKPOINT_ACTIONS, FLAGS, OWN_FLAGS, VALUED_FLAGS, command_parser, split
 
 if TYPE_CHECKING:
     from distrib.topology import Topology
@@ -282,12 +282,26 @@ def _strategies(arguments: argparse.Namespace) -> int:
 
 def _export(arguments: argparse.Namespace) -> int:
     run = _run_folder(arguments)
+    from launch.console import show_notes
     from launch.export import export
 
+    show_notes()
     with redirect_stdout(sys.stderr):
         result = export(run, arguments.output, arguments.merge)
     _show(result, arguments.json)
     return 0
+
+
+def _checkpoint(arguments: argparse.Namespace) -> int:
+    if arguments.action not in CHECKPOINT_ACTIONS:
+        raise choose("checkpoint", arguments.action, CHECKPOINT_ACTIONS)
+    run = _run_folder(arguments)
+    from launch import checkpoints
+
+    work = {"verify": checkpoints.verify, "list": checkpoints.listed, "repair": checkpoints.repair}
+    result = work[arguments.action](run)
+    print(json.dumps(result) if arguments.json else checkpoints.said(arguments.action, result))
+    return 2 if result.get("newest") == "damaged" else 0
 
 
 def _report(arguments: argparse.Namespace) -> int:
@@ -344,6 +358,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "timeline": _timeline,
     "strategies": _strategies,
     "export": _export,
+    "checkpoint": _checkpoint,
     "report": _report,
     "recipe": _recipe_command,
 }

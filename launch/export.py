@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 from pathlib import Path
@@ -23,6 +24,7 @@ from strategies.lowbit.frozen import restored
 if TYPE_CHECKING:
     from launch.recipe import Recipe
 
+log = logging.getLogger("ebbtide")
 LOCK = "recipe.lock.yaml"
 
 
@@ -33,13 +35,15 @@ def export(run: Path, output: Path | None, merge: bool) -> dict[str, Any]:
     recipe = load_recipe(str(run / LOCK))
     if merge and not recipe.lora_r:
         raise UserError("--merge: this run trained the whole model (lora_r=0), there is nothing to merge")
-    found = checkpoint.checkpoints(run)
-    if not found:
+    source, notes = checkpoint.newest(run)
+    for note in notes:
+        log.warning("%s", note)
+    if source is None:
         raise UserError(f"{run} has no checkpoint yet: train for save_steps={recipe.save_steps} steps first")
     target = output or run / ("merged" if merge else "final")
     if os.path.lexists(target) and output is not None:
         raise UserError(f"--output {target} exists: name a folder that does not")
-    model = _load(recipe, found[-1])
+    model = _load(recipe, source)
     config = load_config(recipe)
     if merge:
         # Into 4 bits again what was learned could be rounded away.
@@ -49,7 +53,7 @@ def export(run: Path, output: Path | None, merge: bool) -> dict[str, Any]:
         write_folder(recipe.model_copy(update={"lora_r": 0}), config, merged.state_dict(), target)
     else:
         write_folder(recipe, config, model.state_dict(), target)
-    step = checkpoint.read_manifest(found[-1]).progress.step
+    step = checkpoint.read_manifest(source).progress.step
     result = {"folder": str(target), "step": step, "kind": _kind(recipe, merge)}
     if merge and recipe.load_in_4bit:
         result["base"] = f"decoded from {recipe.bnb_4bit_quant_type}, merged in {_precision(recipe)}"

@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING, NoReturn, TypeVar
 
-from distrib.errors import Interrupted, NotFinite, UserError, WrongGradients
+from distrib.errors import Interrupted, NotFinite, NotWritten, UserError, WrongGradients
 from distrib.redaction import one_line, without_values
 from launch.spawn import STOPPED, SUPERVISED, launched, say
 
@@ -38,7 +38,7 @@ def exit_code(error: BaseException) -> int:
 def report(error: BaseException, rank: str | None) -> None:
     """One line for what a user can act on, a traceback for the rest, once."""
     where = f"rank {rank}: " if rank is not None else ""
-    if isinstance(error, UserError | Interrupted | NotFinite | WrongGradients):
+    if isinstance(error, UserError | Interrupted | NotFinite | NotWritten | WrongGradients):
         say(one_line(error))
     elif isinstance(error, KeyboardInterrupt):
         say("interrupted")

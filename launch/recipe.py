@@ -285,6 +285,12 @@ class Recipe(Section):
     """Steps between two checkpoints."""
     save_total_limit: Count | None = 2
     """Checkpoints that are kept; null keeps all."""
+    save_best: bool = False
+    """Also keeps the checkpoint with the lowest held-out loss; needs `eval_steps`."""
+    save_async: bool = True
+    """Writes checkpoints while training goes on, from a copy in memory."""
+    on_save_error: Literal["stop", "continue"] = "stop"
+    """What a checkpoint that cannot be written does to the run."""
     resume_from_checkpoint: bool | Text = True
     """`true` goes on where the output folder stopped, `false` does not; or a checkpoint's folder."""
     profile: Profile | None = None
@@ -350,5 +356,12 @@ def _loop_rules(recipe: Recipe) -> None:
     parts = recipe.output_dir.split("/")
     if ".." in parts or not recipe.output_dir.isprintable():
         raise UserError(f"output_dir={recipe.output_dir[:200]!r}: name a folder without `..` and control characters")
+    if recipe.save_best and not recipe.eval_steps:
+        raise UserError("save_best=true without eval_steps: set eval_steps")
+    if recipe.save_best and recipe.save_steps % (recipe.eval_steps or 1):
+        raise UserError(
+            f"save_best=true with save_steps={recipe.save_steps} and eval_steps={recipe.eval_steps}: a checkpoint has "
+            "a held-out loss at a multiple of eval_steps; set save_steps to one"
+        )
     if recipe.warmup_steps and recipe.warmup_ratio:
         raise UserError(f"warmup_steps={recipe.warmup_steps} and warmup_ratio={recipe.warmup_ratio}: give one of them")

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from contextlib import closing
 from dataclasses import asdict
 from functools import cache
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,12 +23,13 @@ from distrib.checkpoint import Progress
 from distrib.contracts import Engine
 from distrib.energy import Meter, summed
 from distrib.errors import UserError
-from distrib.files import write_text
+from distrib.files import write_text, writing
 from distrib.journal import read
 from distrib.loop import Loop, Plan, resume
 from distrib.optim import Schedule
 from distrib.pipeline import record
 from distrib.redaction import clean, clean_texts, same
+from distrib.saving import wait
 from distrib.topology import Topology
 from launch.assemble import Parts
 from launch.console import Console
@@ -48,7 +49,8 @@ if TYPE_CHECKING:
 JOULES_PER_KWH = 3.6e6
 # What may differ between the two halves of one run: the rest decides what a step computes.
 MAY_CHANGE = {
-    "max_steps", "num_train_epochs", "nproc", "save_steps", "save_total_limit", "logging_steps", "eval_steps",
+    "max_steps", "num_train_epochs", "nproc", "save_steps", "save_total_limit", "save_best", "save_async",
+    "on_save_error", "logging_steps", "eval_steps",
     "profile", "eval_rows", "eval_samples", "eval_dataset", "report_to", "resume_from_checkpoint", "output_dir",
     "per_device_train_batch_size", "gradient_accumulation_steps", "global_batch_size", "verify", "energy",
 }  # fmt: skip
@@ -130,11 +132,12 @@ def _lasting(recipe: Recipe) -> dict[str, Any]:
 
 
 def _claim(run: Path, recipe: Recipe, engine: Engine) -> None:
-    checkpoint.wait(engine)
+    wait(engine)
     if engine.topology.main:
-        run.mkdir(parents=True, exist_ok=True)
-        write_text(run / LOCK, dump_recipe(recipe))
-    checkpoint.wait(engine)
+        with writing(run):
+            run.mkdir(parents=True, exist_ok=True)
+            write_text(run / LOCK, dump_recipe(recipe))
+    wait(engine)
 
 
 def _plan(recipe: Recipe, run: Path, data: Data, size: int) -> Plan:
@@ -157,7 +160,25 @@ def _plan(recipe: Recipe, run: Path, data: Data, size: int) -> Plan:
         save_total_limit=recipe.save_total_limit,
         eval_steps=recipe.eval_steps,
         profile_steps=recipe.profile.steps if recipe.profile else None,
+        save_best=recipe.save_best,
+        save_async=recipe.save_async,
+        on_save_error=recipe.on_save_error,
+        strategy=[strategy.name for strategy in recipe.strategy],
+        versions=_versions(),
     )
+
+
+def _versions() -> dict[str, str | None]:
+    """Of what writes a checkpoint; `code` is a hash of our own, which a checkout may have changed."""
+    home = Path(__file__).resolve().parent.parent
+    ours = sorted(path for package in ("distrib", "strategies", "launch") for path in (home / package).rglob("*.py"))
+    found: dict[str, str | None] = {"code": checkpoint.digest(b"".join(path.read_bytes() for path in ours))}
+    for name in ("ebbtide", "torch"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = None
+    return found
 
 
 def _chosen_checkpoint(recipe: Recipe) -> Path | None:
@@ -195,7 +216,7 @@ def _finish(recipe: Recipe, config: Any, run: Path, step: Prepared, progress: Pr
     report = run / "report.json"
     known = json.loads(report.read_text()) if report.exists() and (run / "final").exists() else {}
     # A rank that reads late would otherwise see what rank 0 is about to write.
-    checkpoint.wait(engine)
+    wait(engine)
     if known.get("step") == progress.step:
         if engine.topology.main:
             print(
@@ -207,14 +228,15 @@ def _finish(recipe: Recipe, config: Any, run: Path, step: Prepared, progress: Pr
     recorded = step.timeline(progress.step)
     result: dict[str, Any] = {}
     if engine.topology.main:
-        write_folder(recipe, config, state, run / "final")
-        if recorded:
-            record.write(run / record.FILE, recorded)
-        result = _summary(recipe, run, engine, accounts, progress)
-        result = clean_texts(result)
-        write_text(report, json.dumps(result, indent=1))
-        write_pages(run)
-    checkpoint.wait(engine)
+        with writing(run):
+            write_folder(recipe, config, state, run / "final")
+            if recorded:
+                record.write(run / record.FILE, recorded)
+            result = _summary(recipe, run, engine, accounts, progress)
+            result = clean_texts(result)
+            write_text(report, json.dumps(result, indent=1))
+            write_pages(run)
+    wait(engine)
     return result
 
 

@@ -17,6 +17,7 @@ DEVICE = (
 )
 FLAGS = ("--json", "--schema", "--help", "-h")
 OWN_FLAGS = {"bench": ("--resume",)}
+CHECKPOINT_ACTIONS = ("verify", "list", "repair")
 VALUED_FLAGS = {
     "data": ("--count",),
     "verify": ("--length",),
@@ -70,6 +71,9 @@ def command_parser() -> Parser:
     export.add_argument("run", metavar="RUN", type=Path, help="the run's output folder")
     export.add_argument("--output", type=Path, metavar="FOLDER", help="where to (RUN/final, or RUN/merged)")
     export.add_argument("--merge", action="store_true", help="merge a LoRA adapter into its model")
+    kept = command("checkpoint", "verify, list or repair the checkpoints of a run")
+    kept.add_argument("action", metavar="ACTION", help=f"{', '.join(CHECKPOINT_ACTIONS)}: see docs/runs.md")
+    kept.add_argument("run", metavar="RUN", type=Path, help="the run's output folder")
     report = command("report", "write a run's report.html and report.md anew, finished or not")
     report.add_argument("run", metavar="RUN", type=Path, help="the run's output folder")
     recipe = command("recipe", "check a recipe and show every key of it", OVERRIDES)

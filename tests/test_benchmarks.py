@@ -8,6 +8,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import checkpoint
 import fourbit_linear
 import fourbit_loss
 import pipeline
@@ -103,3 +104,15 @@ def test_one_linear_is_measured_with_how_its_products_run() -> None:
     for row in few:
         assert len(row["products"]) == 3
         assert (row["fp32_over_step_s"] is None) == ("emulated" in row["products"])
+
+
+@pytest.mark.slow
+def test_every_way_to_save_is_measured() -> None:
+    done = subprocess.run([sys.executable, checkpoint.__file__, "--quick"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert [row["side"] for row in result["rows"]] == list(checkpoint.SIDES)
+    for row in result["rows"]:
+        assert row["held_s"]["median"] > 0
+    # Weights and two states, in float32.
+    assert result["checkpoint_bytes"] > 12 * 2**10

@@ -28,7 +28,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 import launch.assemble
 import launch.train
 import launch.verify
-from distrib import checkpoint, loop
+from distrib import checkpoint, loop, saving
 from distrib.contracts import Engine
 from distrib.engines import Settings, make
 from distrib.topology import Topology, connect, read_environment
@@ -231,14 +231,19 @@ def whole(engine: Engine) -> dict[str, Tensor]:
 
 
 def kill_at(topology: Topology, step: int) -> None:
-    """SIGKILL at the beginning of a step; steps count from 0."""
-    _at(step, lambda: os.kill(os.getpid(), signal.SIGKILL))
+    """SIGKILL at the beginning of a step, of all ranks, with no save in the making; steps count from 0."""
+
+    def kill(running: loop.Loop) -> None:
+        running._settle()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    _at(step, kill)
 
 
 def stop_at(topology: Topology, step: int, rank: int = 0, number: int = signal.SIGTERM) -> None:
     """A signal to one rank at the beginning of a step."""
     if topology.rank == rank:
-        _at(step, lambda: os.kill(os.getpid(), number))
+        _at(step, lambda running: os.kill(os.getpid(), number))
 
 
 def _at(step: int, act: Any) -> None:
@@ -246,7 +251,7 @@ def _at(step: int, act: Any) -> None:
 
     def acting(self: loop.Loop, progress: Any) -> Any:
         if progress.step == step:
-            act()
+            act(self)
         return one(self, progress)
 
     loop.Loop.one = acting
@@ -254,14 +259,14 @@ def _at(step: int, act: Any) -> None:
 
 def kill_while_saving(topology: Topology, step: int) -> None:
     """SIGKILL when everything of a checkpoint is written but its manifest."""
-    write = checkpoint.write_text
+    write = saving.write_text
 
     def killing(path: Path, text: str) -> None:
         if path.name == checkpoint.MANIFEST and path.parent.name == f".step-{step}.draft":
             os.kill(os.getpid(), signal.SIGKILL)
         write(path, text)
 
-    checkpoint.write_text = killing
+    saving.write_text = killing
 
 
 def spoil_loss(topology: Topology, step: int, rank: int) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -130,11 +130,13 @@ class TorchEngine:
             state["optimizer"] = get_optimizer_state_dict(self.model, self.optimizer, options=options)
         return state
 
-    def save(self, folder: Path) -> None:
+    def save(self, create: Callable[[str], Any]) -> None:
         import torch.distributed.checkpoint as dcp
 
+        from distrib.engines.storage import SavePlanner, Writer
+
         with _without_a_group():
-            dcp.save(self._state(), checkpoint_id=str(folder))
+            dcp.save(self._state(), storage_writer=Writer(create), planner=SavePlanner())
 
     def load(self, folder: Path) -> None:
         """All of this engine's state; without an optimizer what a checkpoint has of the weights, since frozen
@@ -146,12 +148,14 @@ class TorchEngine:
             set_optimizer_state_dict,
         )
 
+        from distrib.engines.storage import Reader, only_data
+
         state = self._state()
         if self.optimizer:
             _check_same(state["model"], folder)
         planner = dcp.DefaultLoadPlanner(allow_partial_load=self.optimizer is None)
-        with _without_a_group():
-            dcp.load(state, checkpoint_id=str(folder), planner=planner)
+        with _without_a_group(), only_data(folder):
+            dcp.load(state, storage_reader=Reader(str(folder)), planner=planner)
         options = StateDictOptions(strict=False, flatten_optimizer_state_dict=True)
         set_model_state_dict(self.model, state["model"], options=options)
         if self.optimizer:
@@ -173,9 +177,10 @@ class TorchEngine:
 
 
 def _check_same(weights: dict[str, Tensor], folder: Path) -> None:
-    from torch.distributed.checkpoint import FileSystemReader
+    from distrib.engines.storage import Reader, only_data
 
-    saved = FileSystemReader(str(folder)).read_metadata().state_dict_metadata
+    with only_data(folder):
+        saved = Reader(str(folder)).read_metadata().state_dict_metadata
     for name, tensor in weights.items():
         size = getattr(saved.get(f"model.{name}"), "size", None)
         if size != tensor.shape:

@@ -12,7 +12,7 @@ import math
 import os
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from distrib.engines import Fill, Settings
+from distrib.engines.storage import only_data, unsummed
 from distrib.errors import NotFinite, Refused
 from distrib.topology import Topology, ensure_group
 from distrib.units import blocks, units
 
 TAG = "zero"
+ROOT = "checkpoint"
+"""Where DeepSpeed thinks it writes."""
 RESHARDED = ("adamw", "adam", "radam")
 """Optimizers whose state another number of ranks can take over: DeepSpeed's universal form has two moments and a
 count of steps, no more and no less."""
@@ -108,16 +111,27 @@ class Zero:
         if self.settings.optimizer:
             _forget_sums(self.module.optimizer)
 
-    def save(self, folder: Path) -> None:
-        self.module.save_checkpoint(str(folder), tag=TAG, exclude_frozen_parameters=True)
+    def save(self, create: Callable[[str], Any]) -> None:
+        """Through what DeepSpeed calls its checkpoint engine, without the scripts that it puts beside."""
+
+        def save(state_dict: dict[str, Any], path: str) -> None:
+            with create(str(Path(path).relative_to(ROOT))) as file:
+                torch.save(state_dict, file)
+
+        self.module.checkpoint_engine.makedirs = lambda path, exist_ok: None
+        self.module.checkpoint_engine.save = save
+        self.module._copy_recovery_script = lambda folder: None
+        with unsummed():
+            self.module.save_checkpoint(ROOT, tag=TAG, save_latest=False, exclude_frozen_parameters=True)
 
     def load(self, folder: Path) -> None:
         shards = len(list((folder / TAG).glob("*optim_states.pt")))
-        if shards == self.topology.world:
-            self.module.load_checkpoint(str(folder), tag=TAG, load_module_strict=False)
-        else:
-            self._check_reshardable(folder, shards)
-            self._load_universal(folder)
+        with only_data(folder, *_classes()):
+            if shards == self.topology.world:
+                self.module.load_checkpoint(str(folder), tag=TAG, load_module_strict=False)
+            else:
+                self._check_reshardable(folder, shards)
+                self._load_universal(folder)
 
     def _check_reshardable(self, folder: Path, world: int) -> None:
         spec = self.settings.optimizer
@@ -129,22 +143,24 @@ class Zero:
             )
 
     def _load_universal(self, folder: Path) -> None:
-        """Another number of ranks: rank 0 rewrites the shards parameter by parameter, every rank takes its part."""
-        target = folder / "universal"
-        if self.topology.main and not target.exists():
-            draft = folder / ".universal.draft"
-            shutil.rmtree(draft, ignore_errors=True)
-            _convert_to_universal(folder / TAG, draft)
-            draft.rename(target)
+        """Another number of ranks: rank 0 rewrites the shards parameter by parameter, every rank takes its part. Beside
+        the checkpoint, to which nothing is added, and for this once."""
+        target = folder.parent.with_name(f".{folder.parent.name}.universal.draft")
+        if self.topology.main:
+            shutil.rmtree(target, ignore_errors=True)
+            _convert_to_universal(folder / TAG, target / TAG)
         dist.barrier()
         inner = self.module.optimizer.optimizer
         decays = [group["weight_decay"] for group in inner.param_groups]
         config = self.module._config
         config.load_universal_checkpoint = True
         try:
-            self.module.load_checkpoint(str(folder), tag=target.name, load_module_strict=False)
+            self.module.load_checkpoint(str(target), tag=TAG, load_module_strict=False)
         finally:
             config.load_universal_checkpoint = False
+        dist.barrier()
+        if self.topology.main:
+            shutil.rmtree(target)
         # Stage 3 gives every group the first one's settings, and all parameters one shared step counter.
         for group, decay in zip(inner.param_groups, decays, strict=True):
             group["weight_decay"] = decay
@@ -171,14 +187,23 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     """The trained fp32 weights of a checkpoint, whole, without an engine."""
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-    shards = [torch.load(path, weights_only=False, mmap=True) for path in _by_rank(folder / TAG)]
-    if "zero_stage" not in shards[0]["optimizer_state_dict"]:
-        return _join_slices(folder / TAG, [shard["optimizer_state_dict"] for shard in shards])
-    with contextlib.redirect_stdout(None):
+    with only_data(folder, *_classes()), contextlib.redirect_stdout(None):
+        shards = [torch.load(path, mmap=True) for path in _by_rank(folder / TAG)]
+        if "zero_stage" not in shards[0]["optimizer_state_dict"]:
+            return _join_slices(folder / TAG, [shard["optimizer_state_dict"] for shard in shards])
         state: dict[str, Tensor] = get_fp32_state_dict_from_zero_checkpoint(
             str(folder), tag=TAG, exclude_frozen_parameters=True
         )
     return state
+
+
+def _classes() -> list[type]:
+    """What DeepSpeed keeps beside tensors."""
+    from deepspeed.runtime.fp16.loss_scaler import LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    return [LossScaler, ZeroStageEnum, fragment_address]
 
 
 def _by_rank(folder: Path) -> list[Path]:
@@ -200,7 +225,7 @@ def _join_slices(folder: Path, shards: list[dict[str, Any]]) -> dict[str, Tensor
             for name, part in mapping.items():
                 slices.setdefault(name, []).append(flat.detach().narrow(0, part.start, part.numel))
     (weights,) = folder.glob("mp_rank_*_model_states.pt")
-    shapes = torch.load(weights, weights_only=False, mmap=True)["param_shapes"]
+    shapes = torch.load(weights, mmap=True)["param_shapes"]
     return {name: torch.cat(slices[name]).view(shape) for group in shapes for name, shape in group.items()}
 
 

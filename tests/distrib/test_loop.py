@@ -44,9 +44,9 @@ class FakeEngine:
         self.updates += 1
         return 2.0
 
-    def save(self, folder: Path) -> None:
-        folder.mkdir()
-        (folder / "updates").write_text(str(self.updates))
+    def save(self, create: Any) -> None:
+        with create("updates") as file:
+            file.write(str(self.updates).encode())
 
     def load(self, folder: Path) -> None:
         self.updates = int((folder / "updates").read_text())

@@ -116,13 +116,14 @@ def test_a_kill_while_saving_falls_back_to_the_checkpoint_before(
     assert run(cut, world, ("kill_while_saving", 2 * SAVED))[0].code == -signal.SIGKILL
     saved = tmp_path / "cut" / "checkpoints"
     assert sorted(path.name for path in saved.iterdir()) == [f".step-{2 * SAVED}.draft", f"step-{SAVED}"]
-    # One without a manifest, and one that somebody copied, are no checkpoints of this run.
+    # One without a manifest is not whole, and one that somebody copied is no checkpoint of this run.
     (saved / "step-6" / "engine").mkdir(parents=True)
     (saved / "step-7-backup").mkdir()
     (saved / "step-7-backup" / "manifest.json").write_text("{}")
     trained(cut, world)
     assert_same_run(tmp_path / "cut", tmp_path / "whole")
     assert (saved / "step-9" / "manifest.json").exists()
+    assert (saved / "damaged" / "step-6").exists()
     assert not list(saved.glob(".*"))
 
 
