@@ -10,14 +10,12 @@ from __future__ import annotations
 
 import logging
 import math
-import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import Any, Literal
 
 import torch
@@ -29,11 +27,13 @@ from distrib.contracts import Batch, Context, Engine, Remembers, Step, Window
 from distrib.energy import Account, Meter, Reading
 from distrib.errors import Interrupted, NotFinite, NotWritten, OutOfMemory, UserError
 from distrib.files import writing
+from distrib.heartbeat import HERE
 from distrib.journal import Journal
 from distrib.meters import is_out_of_memory, peak_bytes
 from distrib.optim import Schedule
 from distrib.profiling import Profiler, snapshot
 from distrib.saving import Saving, from_main
+from distrib.told import EARS
 
 log = logging.getLogger("ebbtide")
 
@@ -59,6 +59,8 @@ class Plan:
     on_save_error: Literal["stop", "continue"] = "stop"
     strategy: Sequence[str] = ()
     versions: Mapping[str, str | None] = field(default_factory=dict)
+    failure: tuple[str, float] | None = None
+    """Why and when the ranks before these failed."""
 
 
 @dataclass(frozen=True)
@@ -110,11 +112,11 @@ class Loop:
         self.evaluate = evaluate
         self.report = report
         self.meter = meter
-        self._stop = False
         self._journals: dict[str, Journal] = {}
         self._saved: int | None = None
         self._saving: Saving | None = None
         self._eval_loss: tuple[int, float | None] = (0, None)
+        self._since_failure = False
 
     def run(self, progress: Progress) -> Progress:
         """From `progress` to the plan's last step; raises Interrupted after a checkpoint when told to stop."""
@@ -126,7 +128,7 @@ class Loop:
         self._line_mark = self._checkpoint_mark = Mark(self.meter.read(), progress)
         self._journals = {name: Journal(self.plan.run / f"{name}.jsonl", progress.step) for name in names}
         profiler = Profiler(self.plan.run / "profile", self.plan.profile_steps, self.topology)
-        handlers = {kind: signal.signal(kind, self._ask_to_stop) for kind in (signal.SIGTERM, signal.SIGINT)}
+        handlers = EARS.listen()
         self._event(
             progress, "resume" if progress.step else "start", f"{self.engine.name}, world {self.topology.world}"
         )
@@ -134,6 +136,7 @@ class Loop:
             while progress.step < self.plan.steps:
                 profiler.begin(progress.step + 1)
                 progress = self.one(progress)
+                self._recovered(progress)
                 if (trace := profiler.end(progress.step)) and self.topology.main:
                     log.info("steps are traced in %s", trace)
             self._settle()
@@ -148,8 +151,8 @@ class Loop:
             raise
         finally:
             profiler.end(progress.step, early=True)
-            for kind, handler in handlers.items():
-                signal.signal(kind, handler)
+            EARS.rest(handlers)
+            HERE.at("finishing", prompt=False)
             for journal in self._journals.values():
                 journal.close()
         return progress
@@ -160,11 +163,12 @@ class Loop:
                 {"step": progress.step, "time": time.time(), "event": event, "detail": detail}
             )
 
-    def _ask_to_stop(self, kind: int, frame: FrameType | None) -> None:
-        # Launchers may pass SIGTERM on more than once; only a person's second Ctrl-C means at once.
-        if self._stop and kind == signal.SIGINT:
-            raise KeyboardInterrupt
-        self._stop = True
+    def _recovered(self, progress: Progress) -> None:
+        """Journalled once, after the first step since a failure."""
+        if self.plan.failure and not self._since_failure:
+            why, when = self.plan.failure
+            self._since_failure = True
+            self._event(progress, "restart", f"{why}; {time.time() - when:.1f} s to the end of the next step")
 
     def preflight(self, longest: Batch) -> None:
         """One forward and backward of the longest rows, so that memory fails here or not at all; of a pipeline, which
@@ -200,6 +204,7 @@ class Loop:
         """One step, journalled when it is `run` that asks for it."""
         begin = time.perf_counter()
         plan, index = self.plan, progress.step
+        HERE.at(f"step {index + 1}")
         start = index * plan.global_batch
         stop = start + plan.global_batch if plan.rows is None else min(start + plan.global_batch, plan.rows)
         window = self.window(start, stop)
@@ -287,6 +292,7 @@ class Loop:
     def _now_and_then(self, progress: Progress) -> None:
         plan = self.plan
         if plan.eval_steps and progress.step % plan.eval_steps == 0:
+            HERE.at(f"the evaluation after step {progress.step}")
             figures = self.evaluate(progress.step)
             self._eval_loss = (progress.step, figures.get("eval_loss"))
             if self._journals:
@@ -319,7 +325,8 @@ class Loop:
             strategy=list(self.plan.strategy),
             versions=dict(self.plan.versions),
         )
-        self._saving = Saving(self.plan.run, self.engine, manifest, self.plan.save_async)
+        with HERE.patiently(f"the checkpoint of step {progress.step}"):
+            self._saving = Saving(self.plan.run, self.engine, manifest, self.plan.save_async)
         self._saved = progress.step
         if not self.plan.save_async:
             self._settle()
@@ -329,7 +336,8 @@ class Loop:
         if self._saving is None:
             return
         saving, self._saving = self._saving, None
-        why = saving.finish(self.plan.save_total_limit, self.plan.save_best)
+        with HERE.patiently(f"the checkpoint of step {saving.manifest.progress.step}"):
+            why = saving.finish(self.plan.save_total_limit, self.plan.save_best)
         if why is None:
             return
         step = saving.manifest.progress.step
@@ -347,7 +355,7 @@ class Loop:
         mine = torch.full((6 + room,), -1.0, dtype=torch.float64)
         weight = sum(self.weight(batch) for batch in window.micro_batches)
         written = self._saving is not None and self._saving.written
-        counts = [weight, window.tokens, window.nonpad_tokens, window.loss_tokens, float(self._stop), float(written)]
+        counts = [weight, window.tokens, window.nonpad_tokens, window.loss_tokens, float(EARS.asked), float(written)]
         mine[: 6 + len(window.ids)] = torch.tensor(counts + window.ids, dtype=torch.float64)
         everyone = [torch.empty_like(mine) for _ in range(self.topology.world)]
         if self.topology.world > 1:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -20,7 +21,8 @@ if TYPE_CHECKING:
     from torch.distributed import Store
 
 TIMEOUT = timedelta(minutes=10)
-"""How long a rank waits for another."""
+"""How long a rank waits for another to appear, and at least in a collective."""
+LOOPBACK = "127.0.0.1"
 
 
 @dataclass(frozen=True)
@@ -129,14 +131,13 @@ def read_environment() -> Topology:
     )
 
 
-def connect(topology: Topology, timeout: timedelta = TIMEOUT) -> Store | None:
+def connect(topology: Topology, hang_timeout_s: float = 0.0) -> Store | None:
     """Make the process group and return its store; None for a single process.
 
     The store's keys carry torchrun's restart count: a restarted rank must not read the addresses of dead peers.
     """
     import torch
     import torch.distributed as dist
-    from torch.distributed.rendezvous import rendezvous
 
     if topology.device_type == "cuda":
         torch.cuda.set_device(topology.device)
@@ -145,11 +146,28 @@ def connect(topology: Topology, timeout: timedelta = TIMEOUT) -> Store | None:
     for name in ("MASTER_ADDR", "MASTER_PORT"):
         if name not in os.environ:
             raise UserError(f"WORLD_SIZE={topology.world} but no {name} in the environment: start with torchrun")
-    store, _, _ = next(iter(rendezvous("env://", topology.rank, topology.world, timeout=timeout)))
-    store = dist.PrefixStore(f"generation-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    store = dist.PrefixStore(f"generation-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", _meet(topology))
     backend = "cpu:gloo,cuda:nccl" if topology.device_type == "cuda" else "gloo"
+    # A heartbeat that finds a hang in this time names the rank; this is for where none can.
+    timeout = max(TIMEOUT, timedelta(seconds=hang_timeout_s)) + timedelta(seconds=30)
     dist.init_process_group(backend, store=store, rank=topology.rank, world_size=topology.world, timeout=timeout)
     return store
+
+
+def _meet(topology: Topology) -> Store:
+    """Where the ranks find each other. Those of one machine talk over its loopback interface: nobody else can."""
+    import torch.distributed as dist
+    from torch.distributed.rendezvous import rendezvous
+
+    if topology.local_world == topology.world and "lo" in {name for _, name in socket.if_nameindex()}:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    if os.environ["MASTER_ADDR"] != LOOPBACK or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        store: Store = next(iter(rendezvous("env://", topology.rank, topology.world, timeout=TIMEOUT)))[0]
+        return store
+    address = LOOPBACK, _integer(os.environ, "MASTER_PORT", 0)
+    # torch's own server would listen on all interfaces.
+    server = socket.create_server(address).detach() if topology.main else None
+    return dist.TCPStore(*address, topology.world, topology.main, timeout=TIMEOUT, master_listen_fd=server)
 
 
 def ensure_group(topology: Topology) -> None:

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 from distrib.errors import UserError, choose
 from distrib.redaction import clean, cleaned_output
-from launch.rank import exit_code, follow_supervisor, report_alone, run_ranked, stoppable
-from launch.spawn import launched, say, spawn
+from launch.rank import Rank, exit_code, follow_supervisor, report_alone, stoppable
+from launch.restarts import Restarts
+from launch.spawn import SUPERVISED, launched, say, spawn
 from launch.words import CHECKPOINT_ACTIONS, FLAGS, OWN_FLAGS, VALUED_FLAGS, command_parser, split
 
 if TYPE_CHECKING:
@@ -123,9 +124,15 @@ def _on_ranks(
     follow_supervisor()
     with stoppable():
         recipe = _recipe(arguments)
-        if recipe.nproc > 1 and not launched(os.environ):
+        restarts = Restarts(recipe) if recipe.max_restarts and arguments.command == "train" else None
+        if (recipe.nproc > 1 or restarts) and not launched(os.environ):
             flags = [*words, *(["--json"] if arguments.json else [])]
-            return spawn([arguments.command, arguments.recipe, *flags, *arguments.overrides], recipe.nproc)
+            return spawn([arguments.command, arguments.recipe, *flags, *arguments.overrides], recipe.nproc, restarts)
+        if restarts and SUPERVISED not in os.environ:
+            raise UserError(
+                f"max_restarts={recipe.max_restarts}, but a launcher started this rank and has to start it again: "
+                "leave max_restarts out, and give torchrun --max-restarts"
+            )
         quieten()
         # what libraries print is no result
         with redirect_stdout(sys.stderr):
@@ -161,8 +168,10 @@ def _rank(recipe: Recipe, work: Callable[[Recipe, Topology], dict[str, Any]]) ->
 
         if topology.local_world > (devices := torch.cuda.device_count()):
             raise UserError(f"{topology.local_world} ranks on a machine with {devices} CUDA devices: start {devices}")
-    store = connect(topology)
-    return run_ranked(lambda: work(recipe, topology), topology, store)
+    rank = Rank()
+    with rank.hearing():
+        store = connect(topology, recipe.hang_timeout_s)
+        return rank.run(lambda: work(recipe, topology), topology, store, recipe.hang_timeout_s)
 
 
 def _is_first_rank() -> bool:

@@ -9,13 +9,15 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 from distrib.errors import Interrupted, NotFinite, NotWritten, UserError, WrongGradients
+from distrib.heartbeat import BEAT_S, END, FAILED, FAILED_CODE, Heart, announce
 from distrib.redaction import one_line, without_values
-from launch.spawn import STOPPED, SUPERVISED, launched, say
+from distrib.told import AT_ONCE, EARS, KINDS, give_back, handle
+from launch.spawn import FOLLOWED, SAID, STOPPED, SUPERVISED, launched, say
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
@@ -26,13 +28,25 @@ T = TypeVar("T")
 ORPHAN_GRACE_S = 60.0
 STORE_GRACE = timedelta(seconds=5)
 PEERS_GRACE_S = 5.0
-SLOWEST_PEER_S = 20.0
-"""How long a rank whose mistake is every rank's stays for the others, without a word from them and at most: launchers
-end all ranks once one is gone."""
+"""How long a rank whose mistake is every rank's stays for the others: launchers end all ranks once one is gone."""
+ENDING = threading.Lock()
 
 
 def exit_code(error: BaseException) -> int:
-    return 2 if isinstance(error, UserError) else STOPPED if isinstance(error, Interrupted) else 1
+    if isinstance(error, UserError):
+        return 2
+    if isinstance(error, Interrupted):
+        return STOPPED
+    return failed(FOLLOWED if _lost_a_peer(error) else SAID)
+
+
+def failed(how: int) -> int:
+    """What started the ranks here is told more than others: who failed, and who merely followed."""
+    return how if SUPERVISED in os.environ else 1
+
+
+def _lost_a_peer(error: BaseException) -> bool:
+    return isinstance(error, RuntimeError) and "gloo/transport" in str(error)
 
 
 def report(error: BaseException, rank: str | None) -> None:
@@ -42,7 +56,7 @@ def report(error: BaseException, rank: str | None) -> None:
         say(one_line(error))
     elif isinstance(error, KeyboardInterrupt):
         say("interrupted")
-    elif isinstance(error, RuntimeError) and "gloo/transport" in str(error):
+    elif _lost_a_peer(error):
         # a peer is gone without a word, or hangs: whoever started it knows how it ended
         late = "Timed out" in str(error)
         say(f"{where}{'waited too long for' if late else 'lost the connection to'} another rank")
@@ -72,26 +86,83 @@ def _rank(env: Mapping[str, str]) -> str:
     return env.get("RANK") or env.get("SLURM_PROCID") or "0"
 
 
-def run_ranked(main: Callable[[], T], topology: Topology, store: Store | None) -> T:
-    """Run `main` on this rank of a job; the first rank that fails speaks, and a failure ends the process.
+class Rank:
+    """This process as one of a job: what hears its signals, and the heartbeat, once there is a store."""
 
-    A failed rank leaves without the usual end of the interpreter, where collectives that its peers still wait
-    in could hold it up.
-    """
-    if store is None:
-        return main()
-    try:
-        result = main()
-    except Interrupted as error:
-        if topology.main:
-            report(error, None)
-        _leave(STOPPED)
-    except BaseException as error:
-        _leave(_settle(error, topology, store))
-    import torch.distributed as dist
+    def __init__(self) -> None:
+        self._heart: Heart | None = None
+        self._failed = False
 
-    dist.destroy_process_group()
-    return result
+    def run(self, main: Callable[[], T], topology: Topology, store: Store | None, hang_timeout_s: float) -> T:
+        """Run `main`; the first rank that fails speaks, and a failure ends the process.
+
+        A failed rank leaves without the usual end of the interpreter, where collectives that its peers still wait
+        in could hold it up.
+        """
+        if store is None:
+            return main()
+        self._heart = Heart(store, topology.rank, topology.world, hang_timeout_s, _end)
+        self._heart.start()
+        try:
+            result = main()
+        except Interrupted as error:
+            if topology.main:
+                report(error, None)
+            _leave(STOPPED)
+        except BaseException as error:
+            self._failed = True  # and is about to leave: a launcher tells the others of a failed rank to stop
+            _leave(_settle(error, topology, store))
+        self._heart.close()
+        import torch.distributed as dist
+
+        dist.destroy_process_group()
+        return result
+
+    @contextmanager
+    def hearing(self) -> Iterator[None]:
+        """A thread hears the signals: the main thread may wait in a collective, for as long as that takes.
+
+        Where the loop does not listen, and at a second signal, all ranks leave at once.
+        """
+        heard, signalled = os.pipe()
+        os.set_blocking(signalled, False)
+        handlers = handle(lambda kind, frame: None)
+        before = signal.set_wakeup_fd(signalled, warn_on_full_buffer=False)
+        EARS.in_thread = True
+        os.register_at_fork(after_in_child=_deaf)
+        threading.Thread(target=self._hear, args=(heard,), daemon=True).start()
+        try:
+            yield
+        finally:
+            EARS.in_thread = False
+            signal.set_wakeup_fd(before)
+            give_back(handlers)
+
+    def _hear(self, heard: int) -> None:
+        while True:
+            if ord(os.read(heard, 1)) in KINDS and EARS.at_once() and not self._failed:
+                if self._heart:
+                    self._heart.leave(STOPPED)
+                _end(STOPPED, None, False, lambda: None)
+
+
+def _deaf() -> None:
+    """A forked helper would pass its own signals on to this process, and live through them."""
+    if EARS.in_thread:
+        signal.set_wakeup_fd(-1)
+        for kind in KINDS:
+            signal.signal(kind, signal.SIG_DFL)
+
+
+def _end(code: int, line: str | None, mine: bool, linger: Callable[[], None]) -> NoReturn:
+    """Called by threads, whatever the main thread is in; the first of them ends the process."""
+    ENDING.acquire()
+    if line:
+        say(line)
+    if code == STOPPED and _speaks_for_all():
+        say(AT_ONCE)
+    linger()
+    _leave(failed(SAID if mine else FOLLOWED) if code == 1 else code)
 
 
 def _settle(error: BaseException, topology: Topology, store: Store) -> int:
@@ -99,23 +170,23 @@ def _settle(error: BaseException, topology: Topology, store: Store) -> int:
     code = exit_code(error)
     try:
         store.set_timeout(STORE_GRACE)
-        if store.add("failed", 1) > 1:
-            return int(store.get("failed_code"))
-        store.set("failed_code", str(code))
+        if store.check([END]):
+            time.sleep(PEERS_GRACE_S)  # in which the heart, which sees it too, ends this process
+        if store.add(FAILED, 1) > 1:
+            return _followed(int(store.get(FAILED_CODE)))
+        store.set(FAILED_CODE, str(2 if code == 2 else 1))
     except RuntimeError:
         # the store ended with the rank that held it: that one failed first and spoke
         return code
     report(error, str(topology.rank))
-    if isinstance(error, UserError):
-        _await_peers(store, topology.world)
+    announce(store, 2 if code == 2 else 1, None if _lost_a_peer(error) else topology.rank)
+    # launchers end all ranks once one is gone, and rank 0 may hold the store
+    time.sleep(3 * BEAT_S)
     return code
 
 
-def _await_peers(store: Store, world: int) -> None:
-    end = time.monotonic() + SLOWEST_PEER_S
-    with suppress(RuntimeError):
-        while store.add("failed", 0) < world and time.monotonic() < end:
-            time.sleep(0.05)
+def _followed(code: int) -> int:
+    return failed(FOLLOWED) if code == 1 else code
 
 
 def _leave(code: int) -> NoReturn:
@@ -124,24 +195,27 @@ def _leave(code: int) -> NoReturn:
     os._exit(code)
 
 
+def _speaks_for_all() -> bool:
+    return not launched(os.environ) or _rank(os.environ) == "0"
+
+
 @contextmanager
 def stoppable() -> Iterator[None]:
-    """Where the loop does not listen for itself, SIGTERM and Ctrl-C end at once: there is nothing to save."""
+    """Before there is anything to save, SIGTERM and Ctrl-C end at once."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
     def stop(number: int, frame: object) -> None:
-        if not launched(os.environ) or _rank(os.environ) == "0":
-            os.write(2, b"ebbtide: stopped outside of a step; the same command goes on\n")
+        if _speaks_for_all():
+            os.write(2, f"ebbtide: {AT_ONCE}\n".encode())
         os._exit(STOPPED)
 
-    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = handle(stop)
     try:
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        give_back(before)
 
 
 def follow_supervisor() -> None:

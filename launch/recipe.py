@@ -229,6 +229,12 @@ class Recipe(Section):
     """How the model is spread over ranks."""
     nproc: Count = 1
     """Ranks that `ebbtide train` starts on this machine; torchrun and srun start their own."""
+    max_restarts: Whole = 0
+    """Times that they are started again after a failure without a new checkpoint since."""
+    min_nproc: Count | None = None
+    """Starts again without a rank that failed, as long as so many are left; needs `global_batch_size`."""
+    hang_timeout_s: Positive = 600.0
+    """Seconds after which a rank that does not answer, or that others wait for, ends the run by name."""
 
     per_device_train_batch_size: Count = 1
     """Rows of a micro-batch on one rank."""
@@ -353,6 +359,8 @@ def _data_rules(recipe: Recipe) -> None:
 
 
 def _loop_rules(recipe: Recipe) -> None:
+    if recipe.min_nproc is not None:
+        _min_nproc_rules(recipe, recipe.min_nproc)
     parts = recipe.output_dir.split("/")
     if ".." in parts or not recipe.output_dir.isprintable():
         raise UserError(f"output_dir={recipe.output_dir[:200]!r}: name a folder without `..` and control characters")
@@ -365,3 +373,12 @@ def _loop_rules(recipe: Recipe) -> None:
         )
     if recipe.warmup_steps and recipe.warmup_ratio:
         raise UserError(f"warmup_steps={recipe.warmup_steps} and warmup_ratio={recipe.warmup_ratio}: give one of them")
+
+
+def _min_nproc_rules(recipe: Recipe, least: int) -> None:
+    if least > recipe.nproc:
+        raise UserError(f"min_nproc={least} with nproc={recipe.nproc}: must be at most nproc")
+    if not recipe.max_restarts:
+        raise UserError(f"min_nproc={least} with max_restarts=0: set max_restarts")
+    if recipe.global_batch_size is None:
+        raise UserError(f"min_nproc={least} without global_batch_size: fewer ranks would see other rows; set it")

@@ -17,13 +17,20 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
-from typing import IO
+from typing import IO, TYPE_CHECKING
+
+from distrib.told import AGAIN_S, AT_ONCE, KINDS, Told
+
+if TYPE_CHECKING:
+    from launch.restarts import Restarts
 
 STOPPED = 75
-GRACE_S = 5.0
+SAID, FOLLOWED = 70, 71
+"""With what the ranks of `spawn` end instead of 1: one that failed and has said why, and one that lost another."""
+GRACE_S = 2.0
 """How long peers of a failed rank get to notice and end by themselves."""
 POLL_S = 0.05
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+STOP_SIGNALS = (*KINDS, signal.SIGHUP)
 SUPERVISED = "EBBTIDE_SUPERVISED"
 """Set for ranks started here: their standard input is a pipe that ends when this process does."""
 
@@ -35,15 +42,26 @@ def launched(env: Mapping[str, str]) -> bool:
     return "RANK" in env or ("SLURM_STEP_ID" in env and tasks.isdecimal() and int(tasks) > 1)
 
 
-def spawn(arguments: Sequence[str], nproc: int) -> int:
+def spawn(arguments: Sequence[str], nproc: int, restarts: Restarts | None = None) -> int:
     """Run `ebbtide` with these arguments as `nproc` ranks; the exit code that the job as a whole deserves.
 
-    Ctrl-C, SIGTERM and SIGHUP reach the ranks as SIGTERM, which stops them with a checkpoint; another
-    Ctrl-C kills. Each rank leads a process group of its own, so that nothing it started outlives it.
+    Ctrl-C, SIGTERM, SIGUSR1 and SIGHUP reach the ranks as SIGTERM, which stops them with a checkpoint; a second one
+    ends them. Each rank leads a process group of its own, so that nothing it started outlives it.
     """
-    with started("launch", arguments, nproc) as job, job.signals():
-        job.wait()
-    return job.exit_code()
+    slots, environment = list(range(nproc)), dict[str, str]()
+    while True:
+        words = [*arguments, f"nproc={len(slots)}"]
+        with started("launch", words, len(slots), environment=environment) as job, job.signals():
+            job.wait()
+        code = job.exit_code()
+        if code != 1 or job.told.asked or not restarts:
+            return code
+        if not restarts.another():
+            say(f"max_restarts={restarts.allowed} without a new checkpoint: giving up")
+            return code
+        slots = restarts.left(slots, job.culprits())
+        environment = restarts.environment(job.why(), job.failed_at, nproc, slots)
+        say(f"restart {restarts.count} of {restarts.allowed}, from step {restarts.reached}, ranks: {len(slots)}")
 
 
 @contextmanager
@@ -69,7 +87,7 @@ def _reserved_port() -> Iterator[int]:
     """A port that only a server asking for this very one can take, while the ranks start."""
     with socket.socket() as reserved:
         reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        reserved.bind(("", 0))
+        reserved.bind(("127.0.0.1", 0))
         yield reserved.getsockname()[1]
 
 
@@ -103,8 +121,9 @@ class Job:
 
     def __init__(self, ranks: Sequence[subprocess.Popen[bytes]]) -> None:
         self.ranks = ranks
-        self.told_to_stop = False
+        self.told = Told()
         self.killed: set[int] = set()
+        self.failed_at: float | None = None
 
     @contextmanager
     def signals(self) -> Iterator[None]:
@@ -117,24 +136,34 @@ class Job:
                 signal.signal(number, handler)
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT and self.told_to_stop:
+        first = not self.told.asked
+        if self.told.again():
+            say(AT_ONCE)
             self.kill()
-            return
-        if self.told_to_stop:
-            return
-        self.told_to_stop = True
-        say("stopping with a checkpoint after this step; Ctrl-C again stops at once")
+        elif first:
+            say(f"stopping with a checkpoint after this step; Ctrl-C again, after {AGAIN_S:g} s, stops at once")
+            self._tell()
+
+    def _tell(self) -> None:
         for rank in self.ranks:
             rank.send_signal(signal.SIGTERM)
 
     def wait(self) -> None:
         """Until every rank has ended; a failed rank's peers, perhaps stuck waiting, end after a grace."""
-        failed_s: float | None = None
+        ended_s: float | None = None
         while None in (codes := [rank.poll() for rank in self.ranks]):
-            if failed_s is None and any(code not in (None, 0, STOPPED) for code in codes):
-                failed_s = time.monotonic()
-            if failed_s is not None and time.monotonic() - failed_s > GRACE_S:
-                self.kill()
+            now = time.monotonic()
+            if ended_s is None and any(codes):
+                ended_s = now
+            if self.failed_at is None and any(code not in (None, 0, STOPPED) for code in codes):
+                ended_s, self.failed_at = now, time.time()
+            if ended_s is not None and now - ended_s > GRACE_S:
+                if self.failed_at:
+                    self.kill()
+                elif not self.told.asked:
+                    # one was told, before the ranks could talk
+                    self.told.again()
+                    self._tell()
             time.sleep(POLL_S)
 
     def kill(self) -> None:
@@ -147,20 +176,48 @@ class Job:
 
     def exit_code(self) -> int:
         """2 if a rank says that the user erred, 75 if all stopped early, 0 if all are done, 1 otherwise."""
-        codes: set[int] = set()
-        for index, rank in enumerate(self.ranks):
-            code = rank.returncode
-            if code < 0 and index not in self.killed:
-                if self.told_to_stop and code == -signal.SIGTERM:
-                    code = STOPPED
-                else:
-                    hint = "; memory may have run out" if code == -signal.SIGKILL else ""
-                    say(f"rank {index} was ended by {signal.Signals(-code).name}{hint}")
-            codes.add(code)
-        codes.discard(0)
+        for index in self._silent():
+            say(self._end(index))
+        codes = {self._code(index) for index in range(len(self.ranks))} - {0}
         if 2 in codes:
             return 2
+        if STOPPED in codes:
+            codes.discard(FOLLOWED)
         return 0 if not codes else STOPPED if codes == {STOPPED} else 1
+
+    def _code(self, index: int) -> int:
+        code = self.ranks[index].returncode
+        return STOPPED if self.told.asked and (index in self.killed or code == -signal.SIGTERM) else code
+
+    def _silent(self) -> list[int]:
+        """Ranks that ended without a word; an exit code of 0 or 1 is no surprise unless the others miss that rank."""
+        codes = [rank.returncode if index not in self.killed else FOLLOWED for index, rank in enumerate(self.ranks)]
+        known = {0, 1, 2, SAID, FOLLOWED, STOPPED}
+        if self.told.asked:
+            known.add(-signal.SIGTERM)
+        silent = [index for index, code in enumerate(codes) if code not in known]
+        if not silent and FOLLOWED in codes and SAID not in codes and not self.killed:
+            silent = [index for index, code in enumerate(codes) if code in (0, 1)]
+        return silent
+
+    def _end(self, index: int) -> str:
+        code = self.ranks[index].returncode
+        if code >= 0:
+            return f"rank {index} ended with exit code {code}, without a word"
+        hint = "; memory may have run out" if code == -signal.SIGKILL else ""
+        return f"rank {index} was ended by {signal.Signals(-code).name}{hint}"
+
+    def culprits(self) -> set[int]:
+        """Ranks that failed by themselves: with or without a word, or by not ending with the others."""
+        said = {index for index, rank in enumerate(self.ranks) if rank.returncode == SAID}
+        return set(self._silent()) | said or self.killed
+
+    def why(self) -> str:
+        if silent := self._silent():
+            return self._end(silent[0])
+        if said := self.culprits() - self.killed:
+            return f"rank {min(said)} failed"
+        return f"rank {min(self.killed)} did not answer" if self.killed else "the ranks lost each other"
 
 
 def say(line: str) -> None:

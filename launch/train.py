@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import platform
 import sys
 from collections.abc import Callable
@@ -22,8 +23,9 @@ from distrib import checkpoint
 from distrib.checkpoint import Progress
 from distrib.contracts import Engine
 from distrib.energy import Meter, summed
-from distrib.errors import UserError
+from distrib.errors import Refused, UserError
 from distrib.files import write_text, writing
+from distrib.heartbeat import HERE
 from distrib.journal import read
 from distrib.loop import Loop, Plan, resume
 from distrib.optim import Schedule
@@ -39,6 +41,7 @@ from launch.export import LOCK, write_folder
 from launch.pages.run import summary, write_pages
 from launch.recipe_file import dump_recipe, load_recipe
 from launch.reference import annotator
+from launch.restarts import failure
 from launch.run_folder import refuse_links, refuse_unusable
 from launch.verify import check_gradients, check_pipeline
 from strategies import Prepared, Strategy
@@ -53,6 +56,7 @@ MAY_CHANGE = {
     "on_save_error", "logging_steps", "eval_steps",
     "profile", "eval_rows", "eval_samples", "eval_dataset", "report_to", "resume_from_checkpoint", "output_dir",
     "per_device_train_batch_size", "gradient_accumulation_steps", "global_batch_size", "verify", "energy",
+    "max_restarts", "min_nproc", "hang_timeout_s",
 }  # fmt: skip
 
 
@@ -69,10 +73,13 @@ def _train(recipe: Recipe, topology: Topology, meter: Meter) -> dict[str, Any]:
         raise UserError("report_to='tensorboard' needs the tensorboard package: pip install tensorboard")
     chosen_checkpoint = _chosen_checkpoint(recipe)
     parts = Parts.of(recipe, topology)
+    if recipe.min_nproc and parts.topology.stages > 1:
+        raise Refused(f"min_nproc={recipe.min_nproc}: a pipeline needs all of its stages; leave it out")
     held_out = open_data(recipe, parts.tokenizer, topology, evaluation=True) if recipe.eval_steps else None
     plan = _plan(recipe, run, parts.data, parts.global_batch)
 
     meter.measure_idle(recipe.energy.idle_s)
+    HERE.at("loading the model", prompt=False)
     step = parts.model()
     engine = step.engine
     if recipe.verify and parts.topology.stages > 1:
@@ -93,6 +100,7 @@ def _train(recipe: Recipe, topology: Topology, meter: Meter) -> dict[str, Any]:
         meter=meter,
     )
     if progress.step < plan.steps:
+        HERE.at("the first forward and backward", prompt=False)
         loop.preflight(parts.data.longest(recipe.per_device_train_batch_size))
         if recipe.verify and parts.topology.stages == 1:
             check_gradients(parts, step, annotate)
@@ -165,6 +173,7 @@ def _plan(recipe: Recipe, run: Path, data: Data, size: int) -> Plan:
         on_save_error=recipe.on_save_error,
         strategy=[strategy.name for strategy in recipe.strategy],
         versions=_versions(),
+        failure=failure(os.environ),
     )
 
 

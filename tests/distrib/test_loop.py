@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import nn
 
+from distrib import told
 from distrib.checkpoint import Progress
 from distrib.contracts import Batch, Context, Result, Window
 from distrib.energy import Account, Part, summed
@@ -240,33 +241,38 @@ def test_a_batch_without_loss_tokens_stops_before_the_step(tmp_path: Path) -> No
     assert case.said == []
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_a_signal_ends_the_step_saves_and_gives_the_handlers_back(tmp_path: Path, number: int) -> None:
     def interrupted(step: int) -> float:
         if step == 1:
             os.kill(os.getpid(), number)
         return 1.0
 
-    before = [signal.getsignal(kind) for kind in (signal.SIGTERM, signal.SIGINT)]
+    before = [signal.getsignal(kind) for kind in told.KINDS]
     case = Case(plan(tmp_path, save_steps=100), loss=interrupted)
     with pytest.raises(Interrupted, match="stopped after step 2; the same command goes on"):
         case.run()
-    assert [signal.getsignal(kind) for kind in (signal.SIGTERM, signal.SIGINT)] == before
+    assert [signal.getsignal(kind) for kind in told.KINDS] == before
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-2"]
     (stop,) = [line for line in case.lines("events") if line["event"] == "stop"]
     assert (stop["step"], stop["detail"]) == (2, "stopped after step 2; the same command goes on from there")
 
 
-def test_sigterm_may_come_twice_and_a_second_ctrl_c_ends_at_once(tmp_path: Path) -> None:
-    def twice(kind: int) -> Any:
-        return lambda step: [os.kill(os.getpid(), kind) for _ in "ab"] and 1.0
+def test_a_signal_may_be_repeated_and_a_second_one_ends_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def twice(step: int) -> float:
+        for _ in "ab":
+            os.kill(os.getpid(), signal.SIGTERM)
+        return 1.0
 
-    with pytest.raises(Interrupted):
-        Case(plan(tmp_path / "term"), loss=twice(signal.SIGTERM)).run()
-    assert (tmp_path / "term" / "checkpoints" / "step-1").exists()
-    with pytest.raises(KeyboardInterrupt):
-        Case(plan(tmp_path / "int"), loss=twice(signal.SIGINT)).run()
-    assert not (tmp_path / "int" / "checkpoints").exists()
+    with pytest.raises(Interrupted, match="stopped after step 1"):
+        Case(plan(tmp_path / "repeated"), loss=twice).run()
+    assert (tmp_path / "repeated" / "checkpoints" / "step-1").exists()
+    monkeypatch.setattr(told, "AGAIN_S", 0.0)
+    with pytest.raises(Interrupted, match="stopped at once"):
+        Case(plan(tmp_path / "second"), loss=twice).run()
+    assert not (tmp_path / "second" / "checkpoints").exists()
 
 
 def test_the_preflight_runs_the_longest_rows_without_a_trace(tmp_path: Path) -> None:

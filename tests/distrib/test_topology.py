@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
+from ranks import Ranks
 
 from distrib.errors import UserError
 from distrib.topology import Topology, connect, read_environment
@@ -97,3 +99,11 @@ def test_a_broken_environment_is_said(environment: pytest.MonkeyPatch, values: d
 def test_ranks_without_an_address_are_refused() -> None:
     with pytest.raises(UserError, match="WORLD_SIZE=2 but no MASTER_ADDR in the environment: start with torchrun"):
         connect(Topology(rank=0, world=2))
+
+
+@pytest.mark.skipif(not Path("/proc/self/net/tcp").exists(), reason="reads Linux's table of connections")
+def test_ranks_of_one_machine_listen_on_its_loopback_interface_alone(two_ranks: Ranks) -> None:
+    found = two_ranks("rank_cases:listening")
+    assert all(found), "gloo listens on every rank, the store on rank 0"
+    assert len(found[0]) > len(found[1])
+    assert {address for rank in found for address in rank} == {"0100007F"}

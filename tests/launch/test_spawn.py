@@ -36,16 +36,31 @@ def train(recipe, topology):
         raise ZeroDivisionError("oh")
     if mode == "killed" and rank == 1:
         os.kill(os.getpid(), signal.SIGKILL)
+    if mode == "stopped" and rank == 0:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    if mode == "asleep" and rank == 1:
+        time.sleep(600)
+    if mode == "dies once":
+        told = os.environ.get("EBBTIDE_FAILURE", "first")
+        print(told, file=open(f"{os.environ['NOTES']}/generation-{rank}", "a"), flush=True)
+        if rank == 1 and told == "first":
+            os.kill(os.getpid(), signal.SIGKILL)
+    if mode == "dies always" and rank == 0:
+        os._exit(4)
+    if mode == "one is told":
+        if rank == 1:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        time.sleep(600)
     if mode == "stuck":
         if rank == 1:
             raise ZeroDivisionError("oh")
         time.sleep(600)
     if mode == "endless":
-        asked = []
-        signal.signal(signal.SIGTERM, lambda *_: asked.append(1))
+        from distrib.told import EARS
+        EARS.listen()
         print("ready", file=said, flush=True)
         while True:
-            stop = torch.tensor([len(asked)])
+            stop = torch.tensor([int(EARS.asked)])
             dist.all_reduce(stop)
             if stop.item():
                 time.sleep(float(os.environ.get("SAVING_TAKES", 0.5)))
@@ -160,7 +175,54 @@ def test_a_killed_rank_is_named(environment: dict[str, str]) -> None:
     ]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_stopped_rank_is_named_and_nobody_is_left(environment: dict[str, str]) -> None:
+    """Rank 0, which holds the store that all talk through."""
+    code, out, err = ended("stopped", environment, "hang_timeout_s=2")
+    assert (code, out) == (1, "")
+    assert err == ["ebbtide: rank 0 does not answer for 2 s, last seen at starting: it is stopped, or out of reach"]
+    assert gone(environment)
+
+
+def test_ranks_start_again_after_a_death(environment: dict[str, str]) -> None:
+    code, out, err = ended("dies once", environment, "max_restarts=1", "--json")
+    assert (code, json.loads(out)["total"]) == (0, 3.0)
+    assert err[-2:] == [
+        "ebbtide: rank 1 was ended by SIGKILL; memory may have run out",
+        "ebbtide: restart 1 of 1, from step 0, ranks: 2",
+    ]
+    first, again = (Path(environment["NOTES"]) / "generation-1").read_text().splitlines()
+    assert (first, json.loads(again)[0]) == ("first", "rank 1 was ended by SIGKILL; memory may have run out")
+
+
+@pytest.mark.slow
+def test_a_rank_that_fails_every_time_is_given_up(environment: dict[str, str]) -> None:
+    code, _, err = ended("dies always", environment, "max_restarts=1")
+    assert code == 1
+    died = "ebbtide: rank 0 ended with exit code 4, without a word"
+    assert [line for line in err if "lost the connection" not in line] == [
+        died,
+        "ebbtide: restart 1 of 1, from step 0, ranks: 2",
+        died,
+        "ebbtide: max_restarts=1 without a new checkpoint: giving up",
+    ]
+
+
+def test_a_signal_to_one_rank_outside_of_a_step_ends_all(environment: dict[str, str]) -> None:
+    code, out, err = ended("one is told", environment)
+    assert (code, out, err) == (
+        75,
+        "",
+        ["ebbtide: stopped at once; the same command goes on from the newest checkpoint"],
+    )
+    assert gone(environment)
+
+
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, signal.SIGINT, pytest.param(signal.SIGUSR1, marks=SLOW), signal.SIGHUP]
+)
 def test_a_stop_signal_lets_the_ranks_save_and_twice_is_as_good(
     number: signal.Signals, environment: dict[str, str]
 ) -> None:
@@ -172,27 +234,29 @@ def test_a_stop_signal_lets_the_ranks_save_and_twice_is_as_good(
         out, err = process.communicate(timeout=60)
     assert (process.returncode, out) == (75, "")
     assert err.splitlines() == [
-        "ebbtide: stopping with a checkpoint after this step; Ctrl-C again stops at once",
+        "ebbtide: stopping with a checkpoint after this step; Ctrl-C again, after 1 s, stops at once",
         "ebbtide: stopped after step 3; the same command goes on from there",
     ]
     assert [note.count("saved") for note in notes(environment)] == [1, 1]
 
 
-def test_a_second_ctrl_c_stops_at_once(environment: dict[str, str]) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=SLOW)])
+def test_a_second_signal_after_a_second_stops_at_once(number: signal.Signals, environment: dict[str, str]) -> None:
     with started("endless", environment | {"SAVING_TAKES": "30"}) as process:
         eventually(lambda: [note.count("ready") for note in notes(environment)] == [1, 1])
-        process.send_signal(signal.SIGINT)
-        time.sleep(0.1)
-        process.send_signal(signal.SIGINT)
-        process.communicate(timeout=60)
-    assert process.returncode == 1
+        process.send_signal(number)
+        time.sleep(1.1)
+        process.send_signal(number)
+        _, err = process.communicate(timeout=20)
+    assert process.returncode == 75
+    assert err.splitlines()[1:] == ["ebbtide: stopped at once; the same command goes on from the newest checkpoint"]
     assert gone(environment)
     assert [note.count("saved") for note in notes(environment)] == [0, 0]
 
 
 def test_a_stop_before_the_first_step_ends_cleanly(environment: dict[str, str]) -> None:
     with started("endless", environment) as process:
-        time.sleep(0.3)
+        eventually(lambda: bool(Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()))
         process.send_signal(signal.SIGTERM)
         _, err = process.communicate(timeout=60)
     assert process.returncode == 75
