@@ -49,6 +49,8 @@ class Manifest:
     global_batch: int
     step: dict[str, Any] = field(default_factory=dict)
     """What the step must know to go on as it would have."""
+    guard: dict[str, Any] = field(default_factory=dict)
+    """What is known of steps that went wrong."""
     eval_loss: float | None = None
     """Held out, where this very step was evaluated."""
     time: float | None = None

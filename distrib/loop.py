@@ -20,6 +20,7 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor
 
 from distrib import checkpoint
 from distrib.checkpoint import Manifest, Progress
@@ -27,6 +28,7 @@ from distrib.contracts import Batch, Context, Engine, Remembers, Step, Window
 from distrib.energy import Account, Meter, Reading
 from distrib.errors import Interrupted, NotFinite, NotWritten, OutOfMemory, UserError
 from distrib.files import writing
+from distrib.guard import Guard
 from distrib.heartbeat import HERE
 from distrib.journal import Journal
 from distrib.meters import is_out_of_memory, peak_bytes
@@ -77,11 +79,24 @@ class Totals:
 
 
 @dataclass(frozen=True)
+class Figures:
+    """Of one update."""
+
+    loss: float
+    grad_norm: float
+    learning_rate: float
+
+
+@dataclass(frozen=True)
 class Mark:
     """Where an account begins."""
 
     reading: Reading
     progress: Progress
+
+
+class _Back(Exception):
+    """A step that the run has to go back for; the message says why."""
 
 
 class Loop:
@@ -101,6 +116,7 @@ class Loop:
         evaluate: Callable[[int], dict[str, Any]],
         report: Callable[[dict[str, Any]], None],
         meter: Meter,
+        guard: Guard | None = None,
     ) -> None:
         self.plan = plan
         self.engine = engine
@@ -112,6 +128,7 @@ class Loop:
         self.evaluate = evaluate
         self.report = report
         self.meter = meter
+        self.guard = guard or Guard()
         self._journals: dict[str, Journal] = {}
         self._saved: int | None = None
         self._saving: Saving | None = None
@@ -120,13 +137,8 @@ class Loop:
 
     def run(self, progress: Progress) -> Progress:
         """From `progress` to the plan's last step; raises Interrupted after a checkpoint when told to stop."""
-        names = ("metrics", "samples", "evaluations", "energy", "events") if self.topology.main else ()
-        if self.topology.main:
-            with writing(self.plan.run):
-                checkpoint.drop_after(self.plan.run, progress.step)
-        self._saved = progress.step if checkpoint.exists(self.plan.run, progress.step) else None
+        self._begin(progress)
         self._line_mark = self._checkpoint_mark = Mark(self.meter.read(), progress)
-        self._journals = {name: Journal(self.plan.run / f"{name}.jsonl", progress.step) for name in names}
         profiler = Profiler(self.plan.run / "profile", self.plan.profile_steps, self.topology)
         handlers = EARS.listen()
         self._event(
@@ -135,7 +147,11 @@ class Loop:
         try:
             while progress.step < self.plan.steps:
                 profiler.begin(progress.step + 1)
-                progress = self.one(progress)
+                try:
+                    progress = self.one(progress)
+                except _Back as why:
+                    progress = self._back(progress, str(why))
+                    continue
                 self._recovered(progress)
                 if (trace := profiler.end(progress.step)) and self.topology.main:
                     log.info("steps are traced in %s", trace)
@@ -156,6 +172,34 @@ class Loop:
             for journal in self._journals.values():
                 journal.close()
         return progress
+
+    def _begin(self, progress: Progress) -> None:
+        """What a course that the run has left wrote after this step is put aside, or dropped from the journals."""
+        names = ("metrics", "samples", "evaluations", "energy", "events") if self.topology.main else ()
+        if self.topology.main:
+            with writing(self.plan.run):
+                checkpoint.drop_after(self.plan.run, progress.step)
+        self._saved = progress.step if checkpoint.exists(self.plan.run, progress.step) else None
+        for journal in self._journals.values():
+            journal.close()
+        self._journals = {name: Journal(self.plan.run / f"{name}.jsonl", progress.step) for name in names}
+
+    def _back(self, progress: Progress, why: str) -> Progress:
+        """To the newest checkpoint that is whole; the step that it went back for will leave the weights alone."""
+        self._settle()
+        restored = resume(self.plan, self.engine, self.step, self.guard, None)
+        if not restored.step:
+            raise NotFinite(f"{why}; there is no checkpoint to go back to")
+        self._begin(restored)
+        if self._checkpoint_mark.progress.step != restored.step:
+            self._checkpoint_mark = Mark(self.meter.read(), restored)
+        # The energy of steps that are made again was used all the same.
+        self._line_mark = self._checkpoint_mark
+        detail = f"{why}; back from step {progress.step}"
+        self._event(restored, "rollback", detail)
+        if self.topology.main:
+            log.warning("%s, to the checkpoint of step %s", detail, restored.step)
+        return restored
 
     def _event(self, progress: Progress, event: str, detail: str | None = None) -> None:
         if self._journals:
@@ -219,8 +263,7 @@ class Loop:
             raise UserError(
                 f"step {index + 1}: its {len(totals.ids)} rows have no loss tokens; look at them with `ebbtide data`"
             )
-        with self._explaining(f"in step {index + 1}"):
-            loss, norm, rate = self._update(index, window, totals.weight)
+        figures = self._guarded(progress, window, totals.weight)
         progress = Progress(
             index + 1,
             progress.tokens + totals.tokens,
@@ -228,33 +271,52 @@ class Loop:
             progress.loss_tokens + totals.loss_tokens,
             stop,
         )
-        self._journal(progress, totals, loss, norm, rate, time.perf_counter() - begin)
+        self._journal(progress, totals, figures, time.perf_counter() - begin)
         self._now_and_then(progress)
         return progress
 
-    def _update(self, index: int, window: Window, weight: float) -> tuple[float, float, float]:
-        """The loss, the gradient's norm and the learning rate of one step; an error leaves the weights as they were."""
+    def _guarded(self, progress: Progress, window: Window, weight: float) -> Figures | None:
+        """None of a step that leaves the weights alone. What is wrong with one all ranks know alike."""
+        index = progress.step
+        if index in self.guard.left_out:
+            self._event(progress, "skip", f"step {index + 1}, as before")
+            return None
+        try:
+            with self._explaining(f"in step {index + 1}"):
+                figures = self._update(index, window, weight)
+        except NotFinite as error:
+            why = f"step {index + 1}: {error}"
+        else:
+            self.guard.passed(figures.loss)
+            return figures
+        self.guard.leave_out(index)
+        if self.guard.gives_up(index):
+            raise NotFinite(f"{why}; the newest checkpoint is untouched")
+        if self.guard.policy == "rollback":
+            raise _Back(why)
+        self._event(progress, "skip", why)
+        if self.topology.main:
+            log.warning("%s; it leaves the weights alone", why)
+        return None
+
+    def _update(self, index: int, window: Window, weight: float) -> Figures:
+        """An error leaves the weights as they were."""
         context = Context(self.plan.seed, index, weight, self.plan.steps)
         batches = self._to_device(window.micro_batches)
         self.annotate(batches, context)
         self.engine.module.train()
         loss = self._sum(self.step(batches, context).loss)
-        if not math.isfinite(loss):
-            raise NotFinite(f"step {index + 1}: the loss is {loss}; the newest checkpoint is untouched")
+        if fault := self.guard.fault(loss):
+            self.engine.zero_grad()
+            raise NotFinite(fault)
         rate = self.plan.schedule(index)
-        try:
-            norm = self.engine.step(rate, self.plan.max_grad_norm or None)
-        except NotFinite as error:
-            raise NotFinite(f"step {index + 1}: {error}; the newest checkpoint is untouched") from None
-        return loss, norm, rate
+        return Figures(loss, self.engine.step(rate, self.plan.max_grad_norm or None), rate)
 
-    def _journal(
-        self, progress: Progress, totals: Totals, loss: float, norm: float, rate: float, seconds: float
-    ) -> None:
+    def _journal(self, progress: Progress, totals: Totals, figures: Figures | None, seconds: float) -> None:
         due = progress.step % self.plan.logging_steps == 0 or progress.step == self.plan.steps
         if self._journals:
             self._journals["samples"].write({"step": progress.step, "ids": totals.ids})
-        if not due:
+        if not due or figures is None:
             return
         peak = self.most(peak_bytes(self.topology))
         energy, self._line_mark = self._energy_since(self._line_mark, progress)
@@ -263,9 +325,9 @@ class Loop:
             whole = energy.coverage == 1
             line = {
                 "step": progress.step,
-                "loss": loss,
-                "grad_norm": norm,
-                "learning_rate": rate,
+                "loss": figures.loss,
+                "grad_norm": figures.grad_norm,
+                "learning_rate": figures.learning_rate,
                 "tokens": progress.tokens,
                 "nonpad_tokens": progress.nonpad_tokens,
                 "loss_tokens": progress.loss_tokens,
@@ -308,6 +370,8 @@ class Loop:
         # Before the first step there is nothing to save, and torch would save the optimizer as if it had made one.
         if progress.step in (0, self._saved):
             return
+        if not self._all(_weights_are_finite(self.engine)):
+            raise NotFinite(f"step {progress.step}: weights are not finite; the newest checkpoint is untouched")
         # Before the checkpoint: one that is whole has the account of its steps beside it.
         energy, self._checkpoint_mark = self._energy_since(self._checkpoint_mark, progress)
         if self._journals:
@@ -320,6 +384,7 @@ class Loop:
             self.plan.global_batch,
             # What it is now, however long the files take.
             deepcopy(self.step.state()) if isinstance(self.step, Remembers) else {},
+            guard=self.guard.state(),
             eval_loss=loss if step == progress.step and loss is not None and math.isfinite(loss) else None,
             time=time.time(),
             strategy=list(self.plan.strategy),
@@ -376,6 +441,9 @@ class Loop:
             dist.all_reduce(value)
         return value.item() / self.topology.copies
 
+    def _all(self, yes: bool) -> bool:
+        return self.most(int(not yes)) == 0
+
     def most(self, value: int | None) -> int | None:
         """Of all ranks; None where no rank knows."""
         held = torch.tensor(-1.0 if value is None else value, dtype=torch.float64)
@@ -388,7 +456,7 @@ class Loop:
         return [{name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()} for batch in batches]
 
 
-def resume(plan: Plan, engine: Engine, step: Step, chosen: Path | None) -> Progress:
+def resume(plan: Plan, engine: Engine, step: Step, guard: Guard, chosen: Path | None) -> Progress:
     """Load `chosen`, or the newest checkpoint of the run that is whole; a fresh start where nothing was saved."""
 
     def find() -> tuple[Path | None, list[str]]:
@@ -404,7 +472,22 @@ def resume(plan: Plan, engine: Engine, step: Step, chosen: Path | None) -> Progr
     engine.load(source / "engine")
     if isinstance(step, Remembers):
         step.restore(manifest.step)
+    guard.restore(manifest.guard)
     return manifest.progress
+
+
+def _weights_are_finite(engine: Engine) -> bool:
+    """Of this rank's share."""
+    local = []
+    for parameter in engine.model.parameters():
+        shard: Any = getattr(parameter, "ds_tensor", parameter.detach())
+        shard = shard.to_local() if isinstance(shard, DTensor) else shard
+        if shard.is_floating_point() and shard.numel():
+            local.append(shard)
+    if not local:
+        return True
+    largest = torch._foreach_norm(local, math.inf)
+    return bool(torch.stack([one.float() for one in largest]).isfinite().all())
 
 
 def _check_fit(plan: Plan, engine: Engine, source: Path, manifest: Manifest) -> None:

@@ -11,7 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-UNREACHABLE = ("ConnectionError", "ServiceError", "Timeout", "timed out")
+UNREACHABLE = ("requests.exceptions", "ServiceError", "Timeout", "timed out")
 
 
 def judged(lock: str, answer: str, errors: str) -> tuple[list[str], bool]:

@@ -42,6 +42,7 @@ Whole = Annotated[int, Field(ge=0), BeforeValidator(_whole)]
 Count = Annotated[int, Field(gt=0), BeforeValidator(_whole)]
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
+AboveOne = Annotated[float, Field(gt=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Text = Annotated[str, Field(min_length=1)]
 OptimizerName = Literal[
@@ -297,6 +298,10 @@ class Recipe(Section):
     """Writes checkpoints while training goes on, from a copy in memory."""
     on_save_error: Literal["stop", "continue"] = "stop"
     """What a checkpoint that cannot be written does to the run."""
+    on_nonfinite: Literal["stop", "skip", "rollback"] = "stop"
+    """What a step does whose loss or gradient is not finite, or spikes: none changes the weights."""
+    loss_spike: AboveOne | None = None
+    """So many times the median of the latest losses counts as a spike."""
     resume_from_checkpoint: bool | Text = True
     """`true` goes on where the output folder stopped, `false` does not; or a checkpoint's folder."""
     profile: Profile | None = None
@@ -371,6 +376,8 @@ def _loop_rules(recipe: Recipe) -> None:
             f"save_best=true with save_steps={recipe.save_steps} and eval_steps={recipe.eval_steps}: a checkpoint has "
             "a held-out loss at a multiple of eval_steps; set save_steps to one"
         )
+    if recipe.loss_spike is not None and isinstance(recipe.objective, GRPO):
+        raise UserError(f"loss_spike={recipe.loss_spike} with objective grpo, whose loss is near 0: leave it out")
     if recipe.warmup_steps and recipe.warmup_ratio:
         raise UserError(f"warmup_steps={recipe.warmup_steps} and warmup_ratio={recipe.warmup_ratio}: give one of them")
 

@@ -25,6 +25,7 @@ from distrib.contracts import Engine
 from distrib.energy import Meter, summed
 from distrib.errors import Refused, UserError
 from distrib.files import write_text, writing
+from distrib.guard import Guard
 from distrib.heartbeat import HERE
 from distrib.journal import read
 from distrib.loop import Loop, Plan, resume
@@ -56,7 +57,7 @@ MAY_CHANGE = {
     "on_save_error", "logging_steps", "eval_steps",
     "profile", "eval_rows", "eval_samples", "eval_dataset", "report_to", "resume_from_checkpoint", "output_dir",
     "per_device_train_batch_size", "gradient_accumulation_steps", "global_batch_size", "verify", "energy",
-    "max_restarts", "min_nproc", "hang_timeout_s",
+    "on_nonfinite", "loss_spike", "max_restarts", "min_nproc", "hang_timeout_s",
 }  # fmt: skip
 
 
@@ -84,7 +85,8 @@ def _train(recipe: Recipe, topology: Topology, meter: Meter) -> dict[str, Any]:
     engine = step.engine
     if recipe.verify and parts.topology.stages > 1:
         check_pipeline(parts, step)
-    progress = resume(plan, engine, step, chosen_checkpoint)
+    guard = Guard(recipe.on_nonfinite, recipe.loss_spike)
+    progress = resume(plan, engine, step, guard, chosen_checkpoint)
 
     console = Console(plan.steps, progress.step) if topology.main else None
     annotate = annotator(recipe, parts.config, engine, step)
@@ -98,6 +100,7 @@ def _train(recipe: Recipe, topology: Topology, meter: Meter) -> dict[str, Any]:
         evaluate=evaluator(recipe, parts.tokenizer, held_out, engine, step, parts.objective, annotate),
         report=_reporters(recipe, run, console),
         meter=meter,
+        guard=guard,
     )
     if progress.step < plan.steps:
         HERE.at("the first forward and backward", prompt=False)

@@ -101,7 +101,7 @@ class Real:
         meter: Any = SimpleNamespace(read=lambda: None, between=lambda *_, **__: _NoAccount())
         step: Any = self.step
         loop = Loop(made, self.engine, step, self.window, lambda batch: 4.0, _nothing, self.evaluate, _nothing, meter)
-        return loop.run(resume(made, self.engine, step, chosen))
+        return loop.run(resume(made, self.engine, step, loop.guard, chosen))
 
     def state(self) -> dict[str, Any]:
         """Weights and the optimizer's state."""

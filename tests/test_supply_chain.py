@@ -66,7 +66,12 @@ def test_an_audit_says_what_it_saw(packages: list[Any], lines: list[str], passes
 
 @pytest.mark.parametrize(
     ("errors", "passes"),
-    [("x\nrequests.exceptions.ConnectionError: no route", True), ("hash missing for a", False), ("", False)],
+    [
+        ("requests.exceptions.ConnectionError: no route", True),
+        ("requests.exceptions.SSLError: x", True),
+        ("hash missing for a", False),
+        ("", False),
+    ],
 )
 def test_an_audit_that_did_not_run_passes_only_without_network(errors: str, passes: bool) -> None:
     lines, passed = AUDIT["judged"]("L", "", errors)

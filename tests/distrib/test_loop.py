@@ -20,6 +20,7 @@ from distrib.contracts import Batch, Context, Result, Window
 from distrib.energy import Account, Part, summed
 from distrib.energy.account import account
 from distrib.errors import Interrupted, NotFinite, OutOfMemory, UserError
+from distrib.guard import MOST, Guard
 from distrib.loop import Loop, Plan, resume
 from distrib.optim import Schedule
 from distrib.topology import Topology
@@ -99,16 +100,23 @@ class Case:
     """A loop over numbered rows; `said` is what happened, in order."""
 
     def __init__(
-        self, made: Plan, loss: Any = lambda step: 1.0, weight: float = 5.0, meter: FakeMeter | None = None
+        self,
+        made: Plan,
+        loss: Any = lambda step: 1.0,
+        weight: float = 5.0,
+        meter: FakeMeter | None = None,
+        guard: Guard | None = None,
     ) -> None:
         self.said: list[Any] = []
         self.plan = made
+        self.loss = loss
+        self.meter = meter or FakeMeter()
         self.engine: Any = FakeEngine(self.said)
 
         def step(batches: list[Batch], context: Context) -> Result:
             ids = [int(number) for batch in batches for number in batch["input_ids"].flatten()]
             self.said.append(("step", context.step, context.seed, context.weight, ids))
-            return Result(torch.tensor(loss(context.step)), len(ids))
+            return Result(torch.tensor(self.loss(context.step)), len(ids))
 
         self.loop = Loop(
             made,
@@ -119,11 +127,12 @@ class Case:
             annotate=lambda batches, context: self.said.append("annotate"),
             evaluate=lambda index: {"eval_loss": index / 2},
             report=lambda line: self.said.append(("report", line["step"])),
-            meter=meter or FakeMeter(),  # type: ignore[arg-type]
+            meter=self.meter,  # type: ignore[arg-type]
+            guard=guard,
         )
 
     def run(self) -> Progress:
-        return self.loop.run(resume(self.plan, self.engine, self.loop.step, None))
+        return self.loop.run(resume(self.plan, self.engine, self.loop.step, self.loop.guard, None))
 
     def lines(self, name: str) -> list[dict[str, Any]]:
         return [json.loads(line) for line in (self.plan.run / f"{name}.jsonl").read_text().splitlines()]
@@ -232,6 +241,81 @@ def test_events_are_journalled_and_those_of_steps_trained_again_are_dropped(tmp_
     case.run()
     assert events() == [start, (2, "resume", "ddp, world 1"), (4, "finish", None)]
     assert 0 < case.lines("metrics")[-1]["time"] <= case.lines("events")[-1]["time"]
+
+
+def events(case: Case) -> list[tuple[Any, ...]]:
+    return [(line["step"], line["event"], line["detail"]) for line in case.lines("events")][1:-1]
+
+
+def test_a_step_that_is_skipped_takes_its_rows_and_leaves_the_weights(tmp_path: Path) -> None:
+    case = Case(plan(tmp_path), loss=lambda step: math.inf if step == 1 else 1.0, guard=Guard("skip"))
+    assert case.run().rows == 16
+    assert case.engine.updates == 3
+    assert [line["step"] for line in case.lines("metrics")] == [1, 3, 4]
+    assert [line["ids"] for line in case.lines("samples")] == case.taken()
+    assert events(case) == [(1, "skip", "step 2: the loss is inf")]
+    # Its gradients are gone, and the learning rates of the others are as ever.
+    assert [event[1] for event in case.said if event[0] == "update"] == [1.0, 0.5, 0.25]
+    assert case.said[case.said.index(("step", 1, 11, 5.0, [4, 5, 6, 7])) + 1] == "zero_grad"
+
+
+def test_a_run_that_goes_back_leaves_out_the_step_that_it_went_back_for(tmp_path: Path) -> None:
+    case = Case(plan(tmp_path, steps=6), loss=lambda step: math.nan if step == 3 else 1.0, guard=Guard("rollback"))
+    assert case.run().rows == 24
+    assert case.taken() == [[4 * n, 4 * n + 1, 4 * n + 2, 4 * n + 3] for n in (0, 1, 2, 3, 2, 4, 5)]
+    assert case.engine.updates == 5
+    assert events(case) == [
+        (2, "rollback", "step 4: the loss is nan; back from step 3"),
+        (3, "skip", "step 4, as before"),
+    ]
+    for name in ("metrics", "samples"):
+        steps = [line["step"] for line in case.lines(name)]
+        assert steps == sorted(set(steps))
+    # What was spent on the step that was made twice is in the account.
+    assert summed(case.lines("energy")).joules == 100 * case.meter.readings - 100
+
+
+def test_going_back_needs_a_checkpoint(tmp_path: Path) -> None:
+    case = Case(plan(tmp_path), loss=lambda step: math.nan if step == 1 else 1.0, guard=Guard("rollback"))
+    with pytest.raises(NotFinite, match=r"^step 2: the loss is nan; there is no checkpoint to go back to$"):
+        case.run()
+
+
+@pytest.mark.parametrize("policy", ["skip", "rollback"])
+def test_what_never_ends_is_given_up(tmp_path: Path, policy: Any) -> None:
+    case = Case(plan(tmp_path, steps=40), loss=lambda step: math.nan if step >= 3 else 1.0, guard=Guard(policy))
+    with pytest.raises(NotFinite, match=f"^step {3 + MOST}: the loss is nan; the newest checkpoint is untouched$"):
+        case.run()
+    assert case.engine.updates == 3
+    assert sorted(case.loop.guard.left_out) == list(range(3, 3 + MOST))
+
+
+def test_a_spike_is_a_fault_once_there_is_a_usual_loss(tmp_path: Path) -> None:
+    def loss(step: int) -> float:
+        return {1: 9.0, 12: 2.01, 13: 1.99}.get(step, 1.0)
+
+    case = Case(plan(tmp_path, steps=15), loss=loss, guard=Guard("skip", spike=2.0))
+    case.run()
+    assert events(case) == [(12, "skip", "step 13: the loss is 2.01, more than 2 times the usual 1")]
+    # What is usual is known to a run that goes on.
+    again = Case(plan(tmp_path, steps=18), loss=lambda step: 5.0 if step == 16 else 1.0, guard=Guard("stop", spike=2.0))
+    with pytest.raises(NotFinite, match=r"^step 17: the loss is 5, more than 2 times the usual 1; the newest"):
+        again.run()
+
+
+def test_weights_that_are_not_finite_are_never_saved(tmp_path: Path) -> None:
+    case = Case(plan(tmp_path))
+    case.engine.model = nn.Linear(2, 2)
+
+    def loss(step: int) -> float:
+        if step == 3:
+            case.engine.model.weight.data[0, 1] = math.inf
+        return 1.0
+
+    case.loss = loss
+    with pytest.raises(NotFinite, match=r"^step 4: weights are not finite; the newest checkpoint is untouched$"):
+        case.run()
+    assert [path.name for path in (tmp_path / "checkpoints").glob("step-*")] == ["step-2"]
 
 
 def test_a_batch_without_loss_tokens_stops_before_the_step(tmp_path: Path) -> None:

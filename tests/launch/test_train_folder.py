@@ -153,6 +153,33 @@ def test_a_gradient_that_is_not_finite_never_reaches_the_weights(
     assert [path.name for path in sorted((tmp_path / "checkpoints").iterdir())] == ["step-1", "step-2"]
 
 
+@pytest.fixture(scope="module")
+def without_step_3(tmp_path_factory: pytest.TempPathFactory, dataset: str) -> list[dict[str, Any]]:
+    """One process, all of whose gradients are not finite in the third step."""
+    made = recipe(tmp_path_factory.mktemp("alone"), dataset, on_nonfinite="skip", max_steps=5)
+    assert [end.error for end in run(made, 1, ("spoil_gradient", 2, 0, float("nan")))] == [""]
+    return lines(Path(made.output_dir))
+
+
+@pytest.mark.parametrize(
+    ("engine", "policy"),
+    [("ddp", "rollback"), ("fsdp2", "skip"), ("zero1", "skip"), ("zero2", "rollback"), ("zero3", "skip")],
+)
+def test_a_gradient_that_is_not_finite_on_one_rank_is_left_out_on_all(
+    tmp_path: Path, dataset: str, engine: str, policy: str, without_step_3: list[dict[str, Any]]
+) -> None:
+    made = recipe(tmp_path, dataset, engine=ENGINES[engine], on_nonfinite=policy, max_steps=5, save_steps=1)
+    ends = run(made, 2, ("spoil_gradient", 2, 1, float("nan")))
+    assert [end.error for end in ends] == ["", ""]
+    found = lines(tmp_path)
+    assert [line["step"] for line in found] == [line["step"] for line in without_step_3] == [1, 2, 4, 5]
+    assert [line["loss"] for line in found] == pytest.approx([line["loss"] for line in without_step_3], rel=1e-5)
+    assert [line["learning_rate"] for line in found] == [line["learning_rate"] for line in without_step_3]
+    noted = [line["event"] for line in lines(tmp_path, "events")]
+    assert noted == ["start", *(["rollback"] if policy == "rollback" else []), "skip", "finish"]
+    assert [line["step"] for line in lines(tmp_path, "samples")] == [1, 2, 3, 4, 5]
+
+
 def test_too_little_memory_is_said_before_anything_is_written(
     tmp_path: Path, dataset: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
