@@ -176,7 +176,8 @@ def run_ebbtide(options: argparse.Namespace) -> dict[str, Any]:
     from distrib.contracts import Window
     from distrib.energy import Meter
     from distrib.engines import Settings, make
-    from distrib.loop import Loop, Plan
+    from distrib.loop import Loop
+    from distrib.numbers import Plan
     from distrib.optim import Schedule
     from distrib.topology import read_environment
     from launch.models import Weights, build, load_config

@@ -11,88 +11,32 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from copy import deepcopy
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.tensor import DTensor
 
 from distrib import checkpoint
 from distrib.checkpoint import Manifest, Progress
 from distrib.contracts import Batch, Context, Engine, Remembers, Step, Window
-from distrib.energy import Account, Meter, Reading
+from distrib.energy import Account, Meter
 from distrib.errors import Interrupted, NotFinite, NotWritten, OutOfMemory, UserError
 from distrib.files import writing
 from distrib.guard import Guard
 from distrib.heartbeat import HERE
 from distrib.journal import Journal
 from distrib.meters import is_out_of_memory, peak_bytes
-from distrib.optim import Schedule
+from distrib.numbers import Figures, Mark, Plan, Totals
 from distrib.profiling import Profiler, snapshot
-from distrib.saving import Saving, from_main
+from distrib.resume import resume
+from distrib.saving import Saving
+from distrib.shards import held, weights_are_finite
 from distrib.told import EARS
 
 log = logging.getLogger("ebbtide")
-
-
-@dataclass(frozen=True)
-class Plan:
-    """The numbers of a run. `rows` ends the data in the middle of the last step; None when it has no end."""
-
-    run: Path
-    steps: int
-    global_batch: int
-    rows: int | None
-    schedule: Schedule
-    seed: int
-    max_grad_norm: float
-    logging_steps: int
-    save_steps: int
-    save_total_limit: int | None
-    eval_steps: int | None
-    profile_steps: tuple[int, int] | None = None
-    save_best: bool = False
-    save_async: bool = True
-    on_save_error: Literal["stop", "continue"] = "stop"
-    strategy: Sequence[str] = ()
-    versions: Mapping[str, str | None] = field(default_factory=dict)
-    failure: tuple[str, float] | None = None
-    """Why and when the ranks before these failed."""
-
-
-@dataclass(frozen=True)
-class Totals:
-    """What all ranks together have in one global batch."""
-
-    weight: float
-    tokens: int
-    nonpad_tokens: int
-    loss_tokens: int
-    stop: bool
-    written: bool
-    ids: list[int]
-
-
-@dataclass(frozen=True)
-class Figures:
-    """Of one update."""
-
-    loss: float
-    grad_norm: float
-    learning_rate: float
-
-
-@dataclass(frozen=True)
-class Mark:
-    """Where an account begins."""
-
-    reading: Reading
-    progress: Progress
 
 
 class _Back(Exception):
@@ -240,8 +184,9 @@ class Loop:
             found = snapshot(self.plan.run.with_name(f"{self.plan.run.name}-oom"), self.topology)
             seen = f"; what filled it is in {found}" if found else ""
             raise OutOfMemory(
-                f"out of memory {where} ({str(error).splitlines()[0]}); lower max_length or "
-                f"per_device_train_batch_size, or choose another strategy or engine{seen}"
+                f"out of memory {where} ({str(error).splitlines()[0]}); {held(self.engine)}; `ebbtide plan` says what "
+                "would fit: lower max_length or per_device_train_batch_size (on_oom=halve does), or choose another "
+                f"strategy or engine{seen}"
             ) from None
 
     def one(self, progress: Progress) -> Progress:
@@ -370,7 +315,7 @@ class Loop:
         # Before the first step there is nothing to save, and torch would save the optimizer as if it had made one.
         if progress.step in (0, self._saved):
             return
-        if not self._all(_weights_are_finite(self.engine)):
+        if not self._all(weights_are_finite(self.engine)):
             raise NotFinite(f"step {progress.step}: weights are not finite; the newest checkpoint is untouched")
         # Before the checkpoint: one that is whole has the account of its steps beside it.
         energy, self._checkpoint_mark = self._energy_since(self._checkpoint_mark, progress)
@@ -454,57 +399,3 @@ class Loop:
     def _to_device(self, batches: list[Batch]) -> list[Batch]:
         device = self.topology.device
         return [{name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()} for batch in batches]
-
-
-def resume(plan: Plan, engine: Engine, step: Step, guard: Guard, chosen: Path | None) -> Progress:
-    """Load `chosen`, or the newest checkpoint of the run that is whole; a fresh start where nothing was saved."""
-
-    def find() -> tuple[Path | None, list[str]]:
-        return (chosen, checkpoint.require(chosen)) if chosen else checkpoint.newest(plan.run)
-
-    source, notes = from_main(engine.topology, find)
-    for note in notes if engine.topology.main else ():
-        log.warning("%s", note)
-    if source is None:
-        return Progress()
-    manifest = checkpoint.read_manifest(source)
-    _check_fit(plan, engine, source, manifest)
-    engine.load(source / "engine")
-    if isinstance(step, Remembers):
-        step.restore(manifest.step)
-    guard.restore(manifest.guard)
-    return manifest.progress
-
-
-def _weights_are_finite(engine: Engine) -> bool:
-    """Of this rank's share."""
-    local = []
-    for parameter in engine.model.parameters():
-        shard: Any = getattr(parameter, "ds_tensor", parameter.detach())
-        shard = shard.to_local() if isinstance(shard, DTensor) else shard
-        if shard.is_floating_point() and shard.numel():
-            local.append(shard)
-    if not local:
-        return True
-    largest = torch._foreach_norm(local, math.inf)
-    return bool(torch.stack([one.float() for one in largest]).isfinite().all())
-
-
-def _check_fit(plan: Plan, engine: Engine, source: Path, manifest: Manifest) -> None:
-    done = manifest.progress
-    if manifest.engine != engine.name:
-        raise UserError(
-            f"engine.name={engine.name!r}: {source} was written by {manifest.engine!r}; use that engine, "
-            "or start from its export"
-        )
-    if manifest.global_batch != plan.global_batch:
-        raise UserError(
-            f"the global batch is {plan.global_batch} rows, {source} was trained with "
-            f"{manifest.global_batch}: the same rows would come again or never; set global_batch_size"
-        )
-    if done.rows < done.step * plan.global_batch and done.step < plan.steps:
-        raise UserError(
-            f"step {done.step} of {source} ended with the data, after {done.rows} rows: the next step would "
-            "leave out the rows up to a whole batch; set resume_from_checkpoint to an earlier one, or another "
-            "output_dir"
-        )

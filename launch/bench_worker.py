@@ -97,8 +97,9 @@ def failure(error: BaseException) -> Answer:
 def prepare(job: Job, topology: Topology) -> tuple[Parts, Loop, Memory]:
     """The side's run of the recipe before its first step, and its memory from before the model on."""
     from distrib.energy import Meter
-    from distrib.loop import Loop, Plan
+    from distrib.loop import Loop
     from distrib.meters import Memory
+    from distrib.numbers import Plan
     from distrib.optim import Schedule
     from launch.assemble import Parts
     from launch.reference import annotator

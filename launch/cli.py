@@ -124,14 +124,15 @@ def _on_ranks(
     follow_supervisor()
     with stoppable():
         recipe = _recipe(arguments)
-        restarts = Restarts(recipe) if recipe.max_restarts and arguments.command == "train" else None
+        again = recipe.max_restarts or recipe.on_oom == "halve"
+        restarts = Restarts(recipe) if again and arguments.command == "train" else None
         if (recipe.nproc > 1 or restarts) and not launched(os.environ):
             flags = [*words, *(["--json"] if arguments.json else [])]
             return spawn([arguments.command, arguments.recipe, *flags, *arguments.overrides], recipe.nproc, restarts)
         if restarts and SUPERVISED not in os.environ:
             raise UserError(
-                f"max_restarts={recipe.max_restarts}, but a launcher started this rank and has to start it again: "
-                "leave max_restarts out, and give torchrun --max-restarts"
+                f"max_restarts={recipe.max_restarts}, on_oom={recipe.on_oom!r}, but a launcher started this rank and "
+                "has to start it again: leave them out, and give torchrun --max-restarts"
             )
         quieten()
         # what libraries print is no result

@@ -13,11 +13,11 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, NoReturn, TypeVar
 
-from distrib.errors import Interrupted, NotFinite, NotWritten, UserError, WrongGradients
+from distrib.errors import Interrupted, NotFinite, NotWritten, OutOfMemory, UserError, WrongGradients
 from distrib.heartbeat import BEAT_S, END, FAILED, FAILED_CODE, Heart, announce
 from distrib.redaction import one_line, without_values
 from distrib.told import AT_ONCE, EARS, KINDS, give_back, handle
-from launch.spawn import FOLLOWED, SAID, STOPPED, SUPERVISED, launched, say
+from launch.spawn import FOLLOWED, FULL, SAID, STOPPED, SUPERVISED, launched, say
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
@@ -33,6 +33,8 @@ ENDING = threading.Lock()
 
 
 def exit_code(error: BaseException) -> int:
+    if isinstance(error, OutOfMemory) and SUPERVISED in os.environ:
+        return FULL
     if isinstance(error, UserError):
         return 2
     if isinstance(error, Interrupted):
@@ -168,18 +170,19 @@ def _end(code: int, line: str | None, mine: bool, linger: Callable[[], None]) ->
 def _settle(error: BaseException, topology: Topology, store: Store) -> int:
     """The exit code of the whole job, said by the rank that failed first; the others' errors follow."""
     code = exit_code(error)
+    said = code if code in (2, FULL) else 1
     try:
         store.set_timeout(STORE_GRACE)
         if store.check([END]):
             time.sleep(PEERS_GRACE_S)  # in which the heart, which sees it too, ends this process
         if store.add(FAILED, 1) > 1:
             return _followed(int(store.get(FAILED_CODE)))
-        store.set(FAILED_CODE, str(2 if code == 2 else 1))
+        store.set(FAILED_CODE, str(said))
     except RuntimeError:
         # the store ended with the rank that held it: that one failed first and spoke
         return code
     report(error, str(topology.rank))
-    announce(store, 2 if code == 2 else 1, None if _lost_a_peer(error) else topology.rank)
+    announce(store, said, None if _lost_a_peer(error) else topology.rank)
     # launchers end all ranks once one is gone, and rank 0 may hold the store
     time.sleep(3 * BEAT_S)
     return code

@@ -298,6 +298,8 @@ class Recipe(Section):
     """Writes checkpoints while training goes on, from a copy in memory."""
     on_save_error: Literal["stop", "continue"] = "stop"
     """What a checkpoint that cannot be written does to the run."""
+    on_oom: Literal["stop", "halve"] = "stop"
+    """What follows when memory runs out; `halve` starts again with half as many sequences at once, as many a step."""
     on_nonfinite: Literal["stop", "skip", "rollback"] = "stop"
     """What a step does whose loss or gradient is not finite, or spikes: none changes the weights."""
     loss_spike: AboveOne | None = None

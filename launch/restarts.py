@@ -20,7 +20,7 @@ FAILURE = "EBBTIDE_FAILURE"
 
 
 class Restarts:
-    """As many as `max_restarts` without a newer checkpoint between."""
+    """As many as `max_restarts` without a newer checkpoint between; those with fewer sequences at once come on top."""
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
@@ -33,6 +33,20 @@ class Restarts:
             self.count, self.reached = 0, now
         self.count += 1
         return self.count <= self.allowed
+
+    def smaller(self) -> list[str] | None:
+        """What `on_oom: halve` changes: fewer sequences at once, as many a step. None where there are none fewer."""
+        recipe = self.recipe
+        rows, steps = recipe.per_device_train_batch_size, recipe.gradient_accumulation_steps
+        together = rows * steps if recipe.global_batch_size is None else recipe.global_batch_size // recipe.nproc
+        fewer = next((count for count in range(rows // 2, 0, -1) if together % count == 0), None)
+        if recipe.on_oom != "halve" or fewer is None:
+            return None
+        keys = {"per_device_train_batch_size": fewer}
+        if recipe.global_batch_size is None or steps > 1:
+            keys["gradient_accumulation_steps"] = together // fewer
+        self.recipe = recipe.model_copy(update=keys)
+        return [f"{key}={value}" for key, value in keys.items()]
 
     def left(self, slots: Sequence[int], culprits: Collection[int]) -> list[int]:
         """Without the ranks that failed, where `min_nproc` allows it and the global batch can be shared."""

@@ -25,8 +25,9 @@ if TYPE_CHECKING:
     from launch.restarts import Restarts
 
 STOPPED = 75
-SAID, FOLLOWED = 70, 71
-"""With what the ranks of `spawn` end instead of 1: one that failed and has said why, and one that lost another."""
+SAID, FOLLOWED, FULL = 70, 71, 72
+"""With what the ranks of `spawn` end instead of 1: one that failed and has said why, and one that lost another; and
+instead of 2 one whose memory ran out."""
 GRACE_S = 2.0
 """How long peers of a failed rank get to notice and end by themselves."""
 POLL_S = 0.05
@@ -54,7 +55,14 @@ def spawn(arguments: Sequence[str], nproc: int, restarts: Restarts | None = None
         with started("launch", words, len(slots), environment=environment) as job, job.signals():
             job.wait()
         code = job.exit_code()
-        if code != 1 or job.told.asked or not restarts:
+        if code == FULL and restarts and (smaller := restarts.smaller()):
+            say(f"on_oom=halve: starting again from the newest checkpoint with {' '.join(smaller)}")
+            arguments = [*arguments, *smaller]
+            environment = restarts.environment("out of memory", job.failed_at, nproc, slots)
+            continue
+        if code == FULL:
+            return 2
+        if code != 1 or job.told.asked or not restarts or not restarts.allowed:
             return code
         if not restarts.another():
             say(f"max_restarts={restarts.allowed} without a new checkpoint: giving up")
@@ -175,12 +183,13 @@ class Job:
             rank.wait()
 
     def exit_code(self) -> int:
-        """2 if a rank says that the user erred, 75 if all stopped early, 0 if all are done, 1 otherwise."""
+        """2 if a rank says that the user erred, 75 if all stopped early, 0 if all are done, 1 otherwise; and FULL."""
         for index in self._silent():
             say(self._end(index))
         codes = {self._code(index) for index in range(len(self.ranks))} - {0}
-        if 2 in codes:
-            return 2
+        for said in (2, FULL):
+            if said in codes:
+                return said
         if STOPPED in codes:
             codes.discard(FOLLOWED)
         return 0 if not codes else STOPPED if codes == {STOPPED} else 1
@@ -192,7 +201,7 @@ class Job:
     def _silent(self) -> list[int]:
         """Ranks that ended without a word; an exit code of 0 or 1 is no surprise unless the others miss that rank."""
         codes = [rank.returncode if index not in self.killed else FOLLOWED for index, rank in enumerate(self.ranks)]
-        known = {0, 1, 2, SAID, FOLLOWED, STOPPED}
+        known = {0, 1, 2, SAID, FOLLOWED, FULL, STOPPED}
         if self.told.asked:
             known.add(-signal.SIGTERM)
         silent = [index for index, code in enumerate(codes) if code not in known]

@@ -28,10 +28,12 @@ from distrib.files import write_text, writing
 from distrib.guard import Guard
 from distrib.heartbeat import HERE
 from distrib.journal import read
-from distrib.loop import Loop, Plan, resume
+from distrib.loop import Loop
+from distrib.numbers import Plan
 from distrib.optim import Schedule
 from distrib.pipeline import record
 from distrib.redaction import clean, clean_texts, same
+from distrib.resume import resume
 from distrib.saving import wait
 from distrib.topology import Topology
 from launch.assemble import Parts
@@ -57,7 +59,7 @@ MAY_CHANGE = {
     "on_save_error", "logging_steps", "eval_steps",
     "profile", "eval_rows", "eval_samples", "eval_dataset", "report_to", "resume_from_checkpoint", "output_dir",
     "per_device_train_batch_size", "gradient_accumulation_steps", "global_batch_size", "verify", "energy",
-    "on_nonfinite", "loss_spike", "max_restarts", "min_nproc", "hang_timeout_s",
+    "on_nonfinite", "loss_spike", "on_oom", "max_restarts", "min_nproc", "hang_timeout_s",
 }  # fmt: skip
 
 

@@ -27,8 +27,10 @@ from distrib import checkpoint, saving
 from distrib.checkpoint import Manifest, Progress
 from distrib.contracts import Batch, Context, Result, Window
 from distrib.engines import storage
-from distrib.loop import Loop, Plan, resume
+from distrib.loop import Loop
+from distrib.numbers import Plan
 from distrib.optim import Schedule
+from distrib.resume import resume
 from distrib.topology import Topology
 
 STEPS, INTERVAL = 6, 2

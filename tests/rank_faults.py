@@ -50,11 +50,18 @@ def again(number: int) -> None:
     time.sleep(ASLEEP_S)
 
 
+def full() -> None:
+    import torch
+
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+
+
 FAULTS: dict[str, Callable[[], Any]] = {
     "KILL": lambda: os.kill(os.getpid(), signal.SIGKILL),
     "STOP": lambda: os.kill(os.getpid(), signal.SIGSTOP),
     "SEGV": lambda: ctypes.string_at(0),
     "exception": lambda: 1 / 0,
+    "memory": full,
     "sleep": lambda: time.sleep(ASLEEP_S),
     "exit": lambda: os._exit(3),
     "quiet exit": lambda: os._exit(0),

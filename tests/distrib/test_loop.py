@@ -21,8 +21,10 @@ from distrib.energy import Account, Part, summed
 from distrib.energy.account import account
 from distrib.errors import Interrupted, NotFinite, OutOfMemory, UserError
 from distrib.guard import MOST, Guard
-from distrib.loop import Loop, Plan, resume
+from distrib.loop import Loop
+from distrib.numbers import Plan
 from distrib.optim import Schedule
+from distrib.resume import resume
 from distrib.topology import Topology
 
 
@@ -407,7 +409,9 @@ def test_memory_that_runs_out_in_a_step_is_one_line_and_updates_nothing(tmp_path
         return 1.0
 
     case = Case(plan(tmp_path), loss=full)
-    with pytest.raises(OutOfMemory, match=r"^out of memory in step 2 \(CUDA .* 2 GiB.\); lower max_length .* engine$"):
+    with pytest.raises(
+        OutOfMemory, match=r"^out of memory in step 2 \(CUDA .* 2 GiB.\); beside .* lower max_length .* engine$"
+    ):
         case.run()
     assert case.engine.updates == 1
 

@@ -103,6 +103,26 @@ def test_a_run_goes_on_without_the_rank_that_failed(
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("nproc", [1, 2])
+def test_memory_that_runs_out_takes_fewer_sequences_at_once(
+    tmp_path: Path, dataset: str, whole: Path, nproc: int
+) -> None:
+    fields = {"on_oom": "halve", "per_device_train_batch_size": 2, "global_batch_size": 4}
+    found = run(tmp_path, dataset, Fault("memory", "step", nproc - 1), nproc=nproc, **fields)
+    assert found.code == 0, found.said
+    said = [line for line in found.said if line.startswith("ebbtide: ")]
+    assert said[0].startswith(
+        "ebbtide: out of memory in step 4 (CUDA out of memory. Tried to allocate 2 GiB.); beside "
+    )
+    assert said[1] == (
+        "ebbtide: on_oom=halve: starting again from the newest checkpoint with per_device_train_batch_size=1"
+    )
+    assert lines(tmp_path / "run", "samples") == lines(whole, "samples")
+    losses = [[line["loss"] for line in lines(folder)] for folder in (tmp_path / "run", whole)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
 AT_ONCE = "ebbtide: stopped at once; the same command goes on from the newest checkpoint"
 
 

@@ -45,6 +45,23 @@ def test_the_ranks_that_are_left_share_the_global_batch(
     assert restarts(tmp_path, **changes).left(range(8), culprits) == left
 
 
+@pytest.mark.parametrize(
+    ("changes", "keys"),
+    [
+        ({"per_device_train_batch_size": 8, "gradient_accumulation_steps": 3}, [{"p": 4, "g": 6}, {"p": 2, "g": 12}]),
+        ({"per_device_train_batch_size": 3}, [{"p": 1, "g": 3}, None]),
+        ({"per_device_train_batch_size": 6, "global_batch_size": 96}, [{"p": 3}, {"p": 1}]),
+        ({"per_device_train_batch_size": 2, "on_oom": "stop"}, [None]),
+    ],
+)
+def test_fewer_sequences_at_once_are_as_many_a_step(tmp_path: Path, changes: Any, keys: list[Any]) -> None:
+    names = {"p": "per_device_train_batch_size", "g": "gradient_accumulation_steps"}
+    made = restarts(tmp_path, **{"max_restarts": 0, "on_oom": "halve", "global_batch_size": None, **changes})
+    for wanted in keys:
+        expected = None if wanted is None else [f"{names[key]}={value}" for key, value in wanted.items()]
+        assert made.smaller() == expected
+
+
 @pytest.mark.parametrize(("visible", "wanted"), [(None, "0,2"), ("5,6,7", "5,7"), ("GPU-a", None)])
 def test_the_device_of_a_rank_that_is_left_out_is_left_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, visible: str | None, wanted: str | None
@@ -78,6 +95,6 @@ def test_a_launcher_starts_its_own_ranks_again(monkeypatch: pytest.MonkeyPatch, 
     words = ["train", str(Path(__file__).parents[2] / "recipes" / "tiny.yaml"), "max_restarts=3"]
     assert cli.main([*words, f"output_dir={tmp_path}"]) == 2
     assert capsys.readouterr().err == (
-        "ebbtide: max_restarts=3, but a launcher started this rank and has to start it again: "
-        "leave max_restarts out, and give torchrun --max-restarts\n"
+        "ebbtide: max_restarts=3, on_oom='stop', but a launcher started this rank and has to start it again: "
+        "leave them out, and give torchrun --max-restarts\n"
     )

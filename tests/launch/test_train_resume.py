@@ -22,6 +22,8 @@ CASES = [(engine, world, "full") for engine in ENGINES for world in (1, 2)]
 CASES += [(engine, 2, "lora") for engine in ("ddp", "fsdp2", "zero2", "zero3")]
 CASES += [(engine, 2, "bf16") for engine in ("fsdp2", "zero1")]
 CASES += [("ddp", 1, "4bit"), ("ddp", 2, "4bit"), ("fsdp2", 2, "4bit")]
+FAST = {("ddp", 1, "full"), ("ddp", 2, "full"), ("zero2", 2, "full"), ("zero3", 2, "full"), ("fsdp2", 2, "lora")}
+FAST |= {("zero1", 2, "bf16"), ("fsdp2", 2, "4bit")}
 
 
 def final(folder: Path) -> dict[str, bytes]:
@@ -36,7 +38,10 @@ def assert_same_run(found: Path, expected: Path) -> None:
     assert final(found) == final(expected)
 
 
-@pytest.mark.parametrize(("engine", "world", "model"), CASES)
+@pytest.mark.parametrize(
+    ("engine", "world", "model"),
+    [pytest.param(*case, marks=[] if case in FAST else [pytest.mark.slow]) for case in CASES],
+)
 def test_a_killed_run_goes_on_bit_for_bit(tmp_path: Path, dataset: str, engine: str, world: int, model: str) -> None:
     common = {"engine": ENGINES[engine], "max_steps": STEPS, "save_steps": SAVED, **MODELS[model]}
     cut = recipe(tmp_path / "cut", dataset, **common)
@@ -64,7 +69,11 @@ def manifest(run: Path, step: int) -> dict[str, Any]:
 
 @pytest.mark.parametrize(
     ("engine", "world", "kind"),
-    [("ddp", 1, "forward"), ("ddp", 2, "learned"), ("fsdp2", 2, "learned"), ("zero2", 2, "forward")],
+    [
+        ("ddp", 1, "forward"),
+        ("fsdp2", 2, "learned"),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("ddp", 2, "learned"), ("zero2", 2, "forward"))),
+    ],
 )
 def test_a_run_killed_before_and_after_its_target_precision_goes_on_bit_for_bit(
     tmp_path: Path, dataset: str, engine: str, world: int, kind: str
