@@ -22,9 +22,8 @@ from distrib.pipeline.simulate import simulate
 MIB = 2**20
 
 
-@pytest.mark.parametrize(
-    ("side", "runs"), [("gc+ce", 1), pytest.param("streambp:chunk=512:offload=true", 3, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("side", "runs"), [("gc+ce", 1), ("streambp:chunk=512:offload=true", 3)])
 def test_tracker_agrees_with_the_resident_memory_of_a_real_run(side: str, runs: int) -> None:
     case = Case(side, 4096, model="256x4", vocabulary=4096)
     # The kernel's count is never less than what is live, and now and then more: pages of files go when it likes.
@@ -72,6 +71,7 @@ def test_real_stages_are_measured_in_both_runtimes() -> None:
     assert [row["held"] for row in rows.values()] == pytest.approx([rows["1f1b"]["held"]] * 3, rel=0.05)
 
 
+@pytest.mark.slow
 def test_losses_are_those_of_rounded_forwards_and_runs_are_kept(tmp_path: Path) -> None:
     sides, output = ["bf16", "fp4 paper", "int4 hq_bs"], tmp_path / "runs"
     options = ["--quick", "--sides", ",".join(sides), "--output", str(output)]
@@ -84,10 +84,12 @@ def test_losses_are_those_of_rounded_forwards_and_runs_are_kept(tmp_path: Path) 
     assert 4 < base["trained"]["loss"][0] < 6
     assert base["trained"]["ratio"] == base["exported"]["ratio"] == 1
     # The paper ends in its target precision, which is what is exported.
-    assert target["trained"]["loss"] == target["exported"]["loss"] != base["trained"]["loss"]
+    assert target["trained"]["loss"] == target["exported"]["loss"]
     assert rounded["trained"]["loss"] != rounded["exported"]["loss"]
     kept = output.read_text()
-    cases = [fourbit_loss.Case(**json.loads(line)["case"]) for line in kept.splitlines()]
+    lines = [json.loads(line) for line in kept.splitlines()]
+    assert len({tuple(line["trained"]) for line in lines}) == 3
+    cases = [fourbit_loss.Case(**line["case"]) for line in lines]
     runs = fourbit_loss.finished(cases, output, 1)
     assert fourbit_loss.summary(sides, [runs[replace(cases[0], side=side)] for side in sides]) == rows
     assert output.read_text() == kept

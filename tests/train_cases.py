@@ -240,6 +240,22 @@ def kill_at(topology: Topology, step: int) -> None:
     _at(step, kill)
 
 
+def kill_within(topology: Topology, step: int) -> None:
+    """SIGKILL in the second forward of a step, where its gradients are half accumulated: of the ranks that have the
+    embedding, and the others lose them."""
+    update = loop.Loop._update
+
+    def updating(self: loop.Loop, index: int, window: Any, weight: float) -> Any:
+        if index == step:
+            self._settle()
+            embedding = self.engine.model.get_input_embeddings()
+            calls = iter([lambda: None, lambda: os.kill(os.getpid(), signal.SIGKILL)])
+            embedding.register_forward_pre_hook(lambda *_: next(calls)())
+        return update(self, index, window, weight)
+
+    loop.Loop._update = updating
+
+
 def stop_at(topology: Topology, step: int, rank: int = 0, number: int = signal.SIGTERM) -> None:
     """A signal to one rank at the beginning of a step."""
     if topology.rank == rank:

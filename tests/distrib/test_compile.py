@@ -47,13 +47,14 @@ def shares(world: int) -> list[list[Batch]]:
     return [[padded(ROWS[:1]), packed(ROWS[2:3])], [padded(ROWS[1:2]), packed(ROWS[3:])]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("engine", "model"),
     [
         ("fsdp2", "full"),
-        pytest.param("ddp", "lora", marks=pytest.mark.slow),
-        pytest.param("fsdp2", "lora", marks=pytest.mark.slow),
-        pytest.param("ddp", "full", marks=pytest.mark.slow),
+        ("ddp", "lora"),
+        ("fsdp2", "lora"),
+        ("ddp", "full"),
     ],
 )
 def test_two_ranks_with_traced_blocks_give_the_gradients_of_autograd(two_ranks: Ranks, engine: str, model: str) -> None:

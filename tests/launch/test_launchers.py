@@ -79,6 +79,7 @@ def test_torchrun_on_two_nodes(workplace: Path) -> None:
     assert_two_ranks_trained(workplace, "nodes", *together([command, command], [{}, {}]))
 
 
+@pytest.mark.slow
 def test_accelerate_launch(workplace: Path) -> None:
     """Its --cpu starts one process whatever else is asked; --multi_gpu starts as many as asked without any GPU."""
     own = ("--multi_gpu", "--num_processes", "2", "--main_process_port", free_port())

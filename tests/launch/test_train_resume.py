@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 from train_cases import ENGINES, contents, exact, lines, recipe, run, trained
 
+import strategies
+
 STEPS, SAVED, KILLED = 9, 4, 6
 MODELS: dict[str, dict[str, Any]] = {
     "full": {"config_overrides": {"attention_dropout": 0.2}},
@@ -54,6 +56,55 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path: Path, dataset: str, engine: 
     ids = [number for line in lines(tmp_path / "cut", "samples") for number in line["ids"]]
     assert len(ids) == len(set(ids)) == 4 * STEPS
     assert set(Counter(number % 14 for number in ids[:28]).values()) == {2}
+
+
+STRATEGIES: dict[str, Any] = {
+    "plain": {"name": "plain"},
+    "recompute": {"name": "recompute"},
+    "streambp": {"name": "streambp", "chunk": 16},
+    "seco": {"name": "seco", "chunk": 16},
+    "spaco": {"name": "spaco", "chunk": 16, "p": 0.5},
+    "spaco_published": {"name": "spaco_published", "chunk": 16, "share": 0.5},
+    "approx_bp": {"name": "approx_bp"},
+    "few_bit": {"name": "few_bit"},
+    "int4": {"name": "int4"},
+    "fp4": {"name": "fp4"},
+    "twobp": {"name": "twobp"},
+}
+
+
+def test_every_strategy_is_among_those_that_go_on() -> None:
+    assert set(STRATEGIES) == set(strategies.names())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_every_strategy_goes_on_bit_for_bit_from_within_a_step(
+    tmp_path: Path, dataset: str, name: str, world: int
+) -> None:
+    """With dropout, killed while gradients are accumulated, over the edge of an epoch."""
+    if name == "twobp" and world == 1:
+        pytest.skip("a pipeline has two stages at least")
+    common = {"strategy": STRATEGIES[name], "max_steps": STEPS, "save_steps": SAVED, **MODELS["full"]}
+    if name == "twobp":
+        common["gradient_accumulation_steps"] = 4
+    cut, whole = tmp_path / "cut", tmp_path / "whole"
+    trained(recipe(whole, dataset, **common), world)
+    assert run(recipe(cut, dataset, **common), world, ("kill_within", KILLED))[0].code == -signal.SIGKILL
+    assert lines(cut, "samples")[-1]["step"] == KILLED
+    trained(recipe(cut, dataset, **common), world)
+    assert_same_run(cut, whole)
+    found, wanted = (checkpoint(folder) for folder in (cut, whole))
+    assert found == wanted
+
+
+def checkpoint(run: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
+    """The last one: what it says of itself, and its bytes, but for when and under which number it was written."""
+    files = contents(run / "checkpoints" / f"step-{STEPS}" / "engine")
+    says = manifest(run, STEPS)
+    del files[".metadata"], says["files"]["engine/.metadata"], says["time"]
+    return says, files
 
 
 SWITCHED: dict[str, dict[str, Any]] = {
