@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from distrib.contracts import Engine
+from distrib.files import size
 
 
 def held(engine: Engine) -> str:
@@ -25,7 +26,7 @@ def held(engine: Engine) -> str:
 def _size(tensors: Iterable[Any] | None) -> str:
     if tensors is None:
         return "unknown"
-    return f"{sum(_shard(tensor).nbytes for tensor in tensors if isinstance(tensor, Tensor)) / 2**30:.2f} GiB"
+    return size(sum(_shard(tensor).nbytes for tensor in tensors if isinstance(tensor, Tensor)))
 
 
 def _shard(tensor: Tensor) -> Any:

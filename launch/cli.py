@@ -130,9 +130,10 @@ def _on_ranks(
             flags = [*words, *(["--json"] if arguments.json else [])]
             return spawn([arguments.command, arguments.recipe, *flags, *arguments.overrides], recipe.nproc, restarts)
         if restarts and SUPERVISED not in os.environ:
+            key = f"max_restarts={recipe.max_restarts}" if recipe.max_restarts else f"on_oom={recipe.on_oom!r}"
             raise UserError(
-                f"max_restarts={recipe.max_restarts}, on_oom={recipe.on_oom!r}, but a launcher started this rank and "
-                "has to start it again: leave them out, and give torchrun --max-restarts"
+                f"{key}, but a launcher started this rank and has to start it again: leave it out, and give torchrun "
+                "--max-restarts"
             )
         quieten()
         # what libraries print is no result

@@ -31,16 +31,18 @@ BASELINES = {
     "gc+ce": "Transformers' gradient checkpointing, with the chunked head of plain",
 }
 WHOLE_LOGITS = ("hf", "gc")
+OUTSIDE = r"(?![^\[{]*[\]}])"
+"""Not inside a field's brackets."""
 
 
 def sides_of(text: str) -> list[str]:
     """Sides divided by commas, except those inside a field's brackets."""
-    return re.split(r",(?![^\[]*\])", text)
+    return re.split("," + OUTSIDE, text)
 
 
 def section(side: str) -> dict[str, Any]:
     """`name:field=value:field=value` as a recipe's section."""
-    name, *fields = side.split(":")
+    name, *fields = re.split(":" + OUTSIDE, side)
     found: dict[str, Any] = {"name": name}
     for field in fields:
         key, equals, value = field.partition("=")

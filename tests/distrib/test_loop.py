@@ -410,7 +410,8 @@ def test_memory_that_runs_out_in_a_step_is_one_line_and_updates_nothing(tmp_path
 
     case = Case(plan(tmp_path), loss=full)
     with pytest.raises(
-        OutOfMemory, match=r"^out of memory in step 2 \(CUDA .* 2 GiB.\); beside .* lower max_length .* engine$"
+        OutOfMemory,
+        match=r"^out of memory in step 2 \(CUDA .* 2 GiB.\); beside .* weights 0 B, .* lower max_length .* engine$",
     ):
         case.run()
     assert case.engine.updates == 1

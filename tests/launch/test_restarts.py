@@ -95,6 +95,6 @@ def test_a_launcher_starts_its_own_ranks_again(monkeypatch: pytest.MonkeyPatch, 
     words = ["train", str(Path(__file__).parents[2] / "recipes" / "tiny.yaml"), "max_restarts=3"]
     assert cli.main([*words, f"output_dir={tmp_path}"]) == 2
     assert capsys.readouterr().err == (
-        "ebbtide: max_restarts=3, on_oom='stop', but a launcher started this rank and has to start it again: "
-        "leave them out, and give torchrun --max-restarts\n"
+        "ebbtide: max_restarts=3, but a launcher started this rank and has to start it again: "
+        "leave it out, and give torchrun --max-restarts\n"
     )

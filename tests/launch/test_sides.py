@@ -27,6 +27,13 @@ def test_a_section_is_written_as_it_is_read(side: str) -> None:
     assert sides.side_of(sides.sections(side)) == side
 
 
+def test_a_field_that_is_a_mapping_comes_back() -> None:
+    given = [{"name": "int4", "rules": {"*.down_proj": "fp8", "model.layers.0.*": "plain"}}, {"name": "recompute"}]
+    side = sides.side_of(given)
+    assert sides.sections(side) == given
+    assert sides.sides_of(f"plain,{side},seco") == ["plain", side, "seco"]
+
+
 @pytest.mark.parametrize("side", ["plain:", "streambp:chunk"])
 def test_a_field_without_a_value_is_said(side: str) -> None:
     with pytest.raises(UserError, match="write name:field=value"):
