@@ -123,6 +123,7 @@ class Trainer:
 
         import strategies
         from distrib.engines import Settings, make
+        from distrib.saving import CopyBuffer
         from distrib.topology import Topology, ensure_group
         from launch.models import Weights, build, load_config
         from launch.recipe import Recipe
@@ -137,6 +138,7 @@ class Trainer:
         strategies.edit(model, plain, topology)
         self.engine: Any = make("ddp", model, Weights(recipe, config, topology).fill, topology, Settings())
         self._run = strategies.prepare(model, plain, engine=self.engine)
+        self.buffer = CopyBuffer()
         self._ids = torch.randint(256, (1, options.length), generator=torch.Generator().manual_seed(0))
 
     def step(self) -> None:
@@ -149,7 +151,8 @@ def ours(background: bool) -> Callable[[Trainer, Path], Any]:
         from distrib.checkpoint import Manifest, Progress
         from distrib.saving import Saving
 
-        saving = Saving(folder, trainer.engine, Manifest(Progress(1), 1, "ddp", 1), background)
+        buffer = trainer.buffer if background else None
+        saving = Saving(folder, trainer.engine, Manifest(Progress(1), 1, "ddp", 1), buffer)
 
         def finished(last: bool) -> bool:
             if not (saving.written or last):

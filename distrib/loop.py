@@ -32,7 +32,7 @@ from distrib.meters import is_out_of_memory, peak_bytes
 from distrib.numbers import Figures, Mark, Plan, Totals
 from distrib.profiling import Profiler, snapshot
 from distrib.resume import resume
-from distrib.saving import Saving
+from distrib.saving import CopyBuffer, Saving
 from distrib.shards import held, weights_are_finite
 from distrib.told import EARS
 
@@ -76,6 +76,7 @@ class Loop:
         self._journals: dict[str, Journal] = {}
         self._saved: int | None = None
         self._saving: Saving | None = None
+        self._buffer = CopyBuffer() if plan.save_async else None
         self._eval_loss: tuple[int, float | None] = (0, None)
         self._since_failure = False
 
@@ -184,9 +185,8 @@ class Loop:
             found = snapshot(self.plan.run.with_name(f"{self.plan.run.name}-oom"), self.topology)
             seen = f"; what filled it is in {found}" if found else ""
             raise OutOfMemory(
-                f"out of memory {where} ({str(error).splitlines()[0]}); {held(self.engine)}; `ebbtide plan` says what "
-                "would fit: lower max_length or per_device_train_batch_size (on_oom=halve does), or choose another "
-                f"strategy or engine{seen}"
+                f"out of memory {where} ({str(error).splitlines()[0]}); {held(self.engine)}; lower max_length or "
+                f"per_device_train_batch_size (on_oom=halve does), or choose another strategy or engine{seen}"
             ) from None
 
     def one(self, progress: Progress) -> Progress:
@@ -336,7 +336,7 @@ class Loop:
             versions=dict(self.plan.versions),
         )
         with HERE.patiently(f"the checkpoint of step {progress.step}"):
-            self._saving = Saving(self.plan.run, self.engine, manifest, self.plan.save_async)
+            self._saving = Saving(self.plan.run, self.engine, manifest, self._buffer)
         self._saved = progress.step
         if not self.plan.save_async:
             self._settle()

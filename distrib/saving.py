@@ -18,6 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import torch.distributed as dist
 import xxhash
 
@@ -31,12 +32,40 @@ from distrib.topology import Topology
 T = TypeVar("T")
 SMALL_BYTES = 2**16
 """Of which torch writes many: less than this goes to the disk together."""
+CHUNK_BYTES = 2**26
+
+
+class CopyBuffer:
+    """Where a state is copied to, one at a time. It is kept for the next one: new memory has to be cleared by the
+    kernel first, which takes as long as the copy."""
+
+    def __init__(self) -> None:
+        self._chunks: list[memoryview] = []
+        self._used_bytes = 0
+
+    def clear(self) -> None:
+        self._used_bytes = 0
+
+    def copied(self, data: memoryview) -> list[memoryview]:
+        """The copy, which may lie in several chunks."""
+        parts = []
+        while data:
+            index, begin = divmod(self._used_bytes, CHUNK_BYTES)
+            if index == len(self._chunks):
+                self._chunks.append(memoryview(np.empty(CHUNK_BYTES, np.uint8)))
+            part = self._chunks[index][begin : begin + len(data)]
+            part[:] = data[: len(part)]
+            parts.append(part)
+            data = data[len(part) :]
+            self._used_bytes += len(part)
+        return parts
 
 
 class Saving:
     """One checkpoint in the making. Every rank makes one, and ends it with `finish`, in the same steps."""
 
-    def __init__(self, run: Path, engine: Engine, manifest: Manifest, background: bool) -> None:
+    def __init__(self, run: Path, engine: Engine, manifest: Manifest, buffer: CopyBuffer | None) -> None:
+        """With `buffer`, in which nothing else is being saved, in the background."""
         self.engine = engine
         self.manifest = manifest
         self.final = run / "checkpoints" / f"step-{manifest.progress.step}"
@@ -45,9 +74,10 @@ class Saving:
         self.why: str | None = None
         self._wanted_bytes: int | None = None
         self._thread: threading.Thread | None = None
-        if background:
+        if buffer is not None:
+            buffer.clear()
             held: dict[str, _Held] = {}
-            engine.save(lambda name: held.setdefault(name, _Held()))
+            engine.save(lambda name: held.setdefault(name, _Held(buffer)))
             self._thread = threading.Thread(target=self._write, args=(held,), daemon=True)
             self._thread.start()
         else:
@@ -85,12 +115,10 @@ class Saving:
     def _write(self, held: dict[str, _Held]) -> None:
         self._wanted_bytes = sum(file.tell() for file in held.values())
         try:
-            for name in list(held):
-                parts = held.pop(name).parts
-                parts.reverse()
+            for name, kept in held.items():
                 with self._create(name) as file:
-                    while parts:
-                        file.write(parts.pop())
+                    for part in kept.parts:
+                        file.write(part)
         except Exception as error:
             self.note(error)
 
@@ -128,8 +156,9 @@ def _thin_out(run: Path, keep: int | None, keep_best: bool) -> None:
 class _Held:
     """A file in memory, which outlives its closing."""
 
-    def __init__(self) -> None:
-        self.parts: list[bytes] = []
+    def __init__(self, buffer: CopyBuffer) -> None:
+        self.parts: list[memoryview] = []
+        self._buffer = buffer
         self._bytes = 0
 
     def __enter__(self) -> _Held:
@@ -145,9 +174,10 @@ class _Held:
         """Of no use."""
 
     def write(self, data: Any) -> int:
-        self.parts.append(bytes(data))
-        self._bytes += len(self.parts[-1])
-        return len(self.parts[-1])
+        view = memoryview(data).cast("B")
+        self.parts += self._buffer.copied(view)
+        self._bytes += len(view)
+        return len(view)
 
 
 class _File:

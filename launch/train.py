@@ -47,6 +47,7 @@ from launch.reference import annotator
 from launch.restarts import failure
 from launch.run_folder import refuse_links, refuse_unusable
 from launch.verify import check_gradients, check_pipeline
+from launch.would_fit import saying_what_would_fit
 from strategies import Prepared, Strategy
 
 if TYPE_CHECKING:
@@ -106,11 +107,12 @@ def _train(recipe: Recipe, topology: Topology, meter: Meter) -> dict[str, Any]:
     )
     if progress.step < plan.steps:
         HERE.at("the first forward and backward", prompt=False)
-        loop.preflight(parts.data.longest(recipe.per_device_train_batch_size))
-        if recipe.verify and parts.topology.stages == 1:
-            check_gradients(parts, step, annotate)
-        _claim(run, recipe, engine)
-        progress = loop.run(progress)
+        with saying_what_would_fit(recipe, topology.world):
+            loop.preflight(parts.data.longest(recipe.per_device_train_batch_size))
+            if recipe.verify and parts.topology.stages == 1:
+                check_gradients(parts, step, annotate)
+            _claim(run, recipe, engine)
+            progress = loop.run(progress)
     if console:
         console.close()
     return _finish(recipe, parts.config, run, step, progress)

@@ -57,7 +57,7 @@ def save(run: Path, step: int, keep: int | None = None, background: bool = False
     engine: Any = fields.pop("engine", None) or FakeEngine()
     best = fields.pop("best", False)
     manifest = Manifest(Progress(step, 10 * step, 9, 8, 4 * step), engine.topology.world, "ddp", 4, **fields)
-    return saving.Saving(run, engine, manifest, background).finish(keep, best)
+    return saving.Saving(run, engine, manifest, saving.CopyBuffer() if background else None).finish(keep, best)
 
 
 def plan(run: Path, **changes: Any) -> Plan:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import pytest
 import torch
 from train_cases import ENGINES, contents, exact, lines, recipe, run, trained
 
+import strategies
 from distrib.errors import UserError
 from distrib.topology import Topology
 from launch.recipe_file import dump_recipe
@@ -183,8 +185,13 @@ def test_a_gradient_that_is_not_finite_on_one_rank_is_left_out_on_all(
 def test_too_little_memory_is_said_before_anything_is_written(
     tmp_path: Path, dataset: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(*_: Any) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore")
+    once = ["CUDA out of memory. Tried to allocate 2 GiB.\nmore"]
+    call = strategies.Prepared.__call__
+
+    def full(*given: Any) -> Any:
+        if once:
+            raise torch.OutOfMemoryError(once.pop())
+        return call(*given)
 
     monkeypatch.setattr("strategies.Prepared.__call__", full)
     made = recipe(tmp_path / "run", dataset, per_device_train_batch_size=4, report_to="none")
@@ -192,6 +199,7 @@ def test_too_little_memory_is_said_before_anything_is_written(
         train(made, Topology())
     assert "Tried to allocate 2 GiB" in str(caught.value)
     assert "lower max_length or per_device_train_batch_size" in str(caught.value)
+    assert re.search(r"would fit, 4 sequences at once: plain \d+, streambp:offload=true \d+$", str(caught.value))
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "run").exists()
 
