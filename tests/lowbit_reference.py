@@ -90,14 +90,17 @@ def fp4(x: Tensor) -> Tensor:
     return by_blocks(x, 1, 32, rounds)
 
 
-def nvfp4(x: Tensor, rows: int) -> Tensor:
+def nvfp4(x: Tensor) -> Tensor:
     of_tensor = x.abs().max() / 6 / 448
 
     def rounds(block: Tensor) -> Tensor:
-        scale = nearest(block.abs().max() / 6 / of_tensor, E4M3) * of_tensor
-        return nearest(block / scale, E2M1) * scale
+        made = []
+        for largest in (6, 4):
+            scale = nearest(block.abs().max() / largest / of_tensor, E4M3) * of_tensor
+            made.append(nearest(block / scale, E2M1) * scale)
+        return min(made, key=lambda rounded: (rounded - block).square().sum().item())
 
-    return by_blocks(x, rows, 16, rounds)
+    return by_blocks(x, 1, 16, rounds)
 
 
 def mxfp4(x: Tensor, rows: int) -> Tensor:
@@ -123,7 +126,7 @@ ROUNDED: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor],
     "int4_learned": (learned, learned, True),
     "fp8": (lambda x: straight(x, fp8), lambda w: straight(w, fp8), False),
     "fp4": (lambda x: straight(x, fp4), lambda w: straight(w, fp4), False),
-    "nvfp4": (lambda x: straight(x, lambda m: nvfp4(m, 1)), lambda w: straight(w, lambda m: nvfp4(m, 16)), False),
+    "nvfp4": (lambda x: straight(x, nvfp4), lambda w: straight(w, nvfp4), False),
     "mxfp4": (lambda x: straight(x, lambda m: mxfp4(m, 1)), lambda w: straight(w, lambda m: mxfp4(m, 32)), False),
 }
 """By precision: the input and the weight as they are rounded, and whether a Hadamard transform comes before."""

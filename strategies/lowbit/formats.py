@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Final, Literal
 
 import torch
@@ -74,7 +74,9 @@ class Scaled:
     """Scales in E4M3 have a float32 number for the whole tensor above them."""
     up: bool = True
     """Scales are rounded up. Else, E4M3 to the nearest and E8M0 down, the largest number of a block may be cut off."""
-
+    either: bool = False
+    """Of E2M1 under E4M3, to the nearest: a block's largest number becomes 6 or 4, whichever leaves less of a squared
+    error, as there is no 5 (2512.02010)."""
     multiples: int = 0
     """So many numbers of a row share a whole multiple of the row's scale: up to `most_multiple`, with which the largest
     still fit in 8 bits."""
@@ -92,6 +94,3 @@ class Scaled:
     @property
     def most_multiple(self) -> int:
         return int(INT8.largest / self.format.largest) if self.multiples else 1
-
-    def rounded_to_nearest(self) -> Scaled:
-        return replace(self, up=False) if self.scale == "e4m3" else self

@@ -31,7 +31,7 @@ class Precision:
 
 
 NVFP4 = Scaled(E2M1, 16, scale="e4m3")
-NVFP4_SQUARE = Scaled(E2M1, 16, square=True, scale="e4m3")
+NVFP4_NEAREST = Scaled(E2M1, 16, scale="e4m3", up=False, either=True)
 MXFP4 = Scaled(E2M1, 32, scale="e8m0")
 MXFP4_SQUARE = Scaled(E2M1, 32, square=True, scale="e8m0")
 
@@ -44,6 +44,6 @@ PRECISIONS: dict[str, Precision | None] = {
     "fp8": Precision(Scaled(E4M3), Scaled(E4M3), Scaled(E4M3)),
     "fp4": Precision(Scaled(E2M1, 32), Scaled(E2M1, 32), Scaled(E4M3)),
     "fp4_rows": Precision(Scaled(E2M1), Scaled(E2M1), Scaled(SPLIT)),
-    "nvfp4": Precision(NVFP4.rounded_to_nearest(), NVFP4_SQUARE.rounded_to_nearest(), NVFP4, random_hadamard=16),
+    "nvfp4": Precision(NVFP4_NEAREST, NVFP4_NEAREST, NVFP4, random_hadamard=16),
     "mxfp4": Precision(MXFP4, MXFP4_SQUARE, MXFP4, random_hadamard=32),
 }

@@ -34,6 +34,7 @@ FORMATS = {
     "nvfp4": Scaled(E2M1, 16, scale="e4m3"),
     "nvfp4-square": Scaled(E2M1, 16, square=True, scale="e4m3"),
     "nvfp4-nearest": Scaled(E2M1, 16, scale="e4m3", up=False),
+    "nvfp4-either": Scaled(E2M1, 16, scale="e4m3", up=False, either=True),
     "mxfp4": Scaled(E2M1, 32, scale="e8m0"),
     "mxfp4-square": Scaled(E2M1, 32, square=True, scale="e8m0"),
     "mxfp4-down": Scaled(E2M1, 32, scale="e8m0", up=False),

@@ -85,13 +85,14 @@ def _data(scaled: Scaled) -> list[int]:
     """A format in numbers, which is what an operator can be given."""
     block = -1 - _BLOCKS.index(scaled.block) if isinstance(scaled.block, str) else scaled.block
     scale = _SCALES.index(scaled.scale)
-    return [_FORMATS.index(scaled.format), block, scaled.square, scale, scaled.up, scaled.multiples]
+    return [_FORMATS.index(scaled.format), block, scaled.square, scale, scaled.up, scaled.either, scaled.multiples]
 
 
 def _scaled(data: Sequence[int]) -> Scaled:
-    format, block, square, scale, up, multiples = data
+    format, block, square, scale, up, either, multiples = data
     return Scaled(
-        _FORMATS[format], block if block > 0 else _BLOCKS[-1 - block], square == 1, _SCALES[scale], up == 1, multiples
+        _FORMATS[format], block if block > 0 else _BLOCKS[-1 - block], square == 1, _SCALES[scale], up == 1,
+        either == 1, multiples,
     )  # fmt: skip
 
 
@@ -175,7 +176,7 @@ def _blocks(
         *given, of_tensor, codes.view(torch.int8 if scaled.format.integers_by and not _packs(scaled) else torch.uint8),
         scales if scaled.scale == "float32" else scales.view(torch.uint8),
         *x_MK.shape, codes.shape[0], K_codes, *x_MK.stride(), SCALE=_SCALES.index(scaled.scale), UP=scaled.up,
-        BINADE=math.frexp(scaled.format.largest)[1] - 1, PACKED=_packs(scaled),
+        EITHER=scaled.either, BINADE=math.frexp(scaled.format.largest)[1] - 1, PACKED=_packs(scaled),
         HEIGHT=width if scaled.square else 1, WIDTH=width, ROWS=_ROWS, COLUMNS=_COLUMNS, **constants,
     )  # fmt: skip
 

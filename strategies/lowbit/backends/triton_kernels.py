@@ -137,6 +137,18 @@ def _e4m3(wanted, UP: tl.constexpr):
 
 
 @triton.jit
+def _off(x, scale, of_tensor, MANTISSA: tl.constexpr, LEAST: tl.constexpr, LARGEST: tl.constexpr):
+    """Squared errors of blocks of 16 numbers in a row, added up in the reference's order."""
+    number = _on_grid(x * _reciprocal(scale * of_tensor)[:, :, None], 0, NEAREST, MANTISSA, LEAST, LARGEST)
+    error = number * scale[:, :, None] - x * _reciprocal(of_tensor)
+    error = error * error
+    for _half in tl.static_range(4):
+        one, other = tl.split(error.reshape(error.shape[0], error.shape[1], error.shape[2] // 2, 2))
+        error = one + other
+    return error.reshape(error.shape[0], error.shape[1])
+
+
+@triton.jit
 def _e8m0(wanted, largest, UP: tl.constexpr, BINADE: tl.constexpr):
     """The exponent's byte of a power of two; 255 says not a number."""
     if UP:
@@ -217,8 +229,8 @@ def rows_kernel(
 def blocks_kernel(
     x_ptr, by_ptr, bits_ptr, seed, of_tensor_ptr, codes_ptr, scales_ptr,
     M, K, M_codes, K_codes, stride_m, stride_k,
-    BY_K: tl.constexpr, DRAW: tl.constexpr, SCALE: tl.constexpr, UP: tl.constexpr, BINADE: tl.constexpr,
-    PACKED: tl.constexpr,
+    BY_K: tl.constexpr, DRAW: tl.constexpr, SCALE: tl.constexpr, UP: tl.constexpr, EITHER: tl.constexpr,
+    BINADE: tl.constexpr, PACKED: tl.constexpr,
     MANTISSA: tl.constexpr, LEAST: tl.constexpr, LARGEST: tl.constexpr, WHOLE_BY: tl.constexpr,
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
@@ -232,6 +244,11 @@ def blocks_kernel(
     if SCALE == E4M3:
         of_tensor = tl.load(of_tensor_ptr)
         made = _e4m3(wanted * _reciprocal(of_tensor), UP)
+        if EITHER and DRAW == NEAREST:
+            four = _e4m3(largest * 0.25 * _reciprocal(of_tensor), UP)
+            rows = x.reshape(ROWS, COLUMNS // WIDTH, WIDTH)
+            off = _off(rows, made, of_tensor, MANTISSA, LEAST, LARGEST)
+            made = tl.where(_off(rows, four, of_tensor, MANTISSA, LEAST, LARGEST) < off, four, made)
         known = tl.where(made == made, made, 0.0)
         stored = tl.where(made == made, _float_code(known, 0x80, 3, -6), 0x7F)
         scale = made * of_tensor
