@@ -147,7 +147,5 @@ def test_a_rank_0_that_does_not_answer_is_said(environment: pytest.MonkeyPatch) 
         silent.bind(("127.0.0.1", 0))
         for name, value in (("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", str(silent.getsockname()[1]))):
             environment.setitem(os.environ, name, value)
-        with pytest.raises(
-            NotReached, match=r"rank 0 does not answer at MASTER_ADDR=127.0.0.1, MASTER_PORT=\d+ for 1 s"
-        ):
+        with pytest.raises(NotReached, match=r"rank 0 does not answer at MASTER_ADDR=127.0.0.1, .* for 1 s"):
             connect(Topology(rank=1, world=2))

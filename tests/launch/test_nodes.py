@@ -19,10 +19,11 @@ from train_cases import exact, recipe, trained
 
 from distrib.errors import UserError
 from distrib.redaction import cleaned_output
+from launch.cli import main
 from launch.nodes import Nodes, Relay
+from launch.spawn import Job
 
 HANG_S = 5.0
-MARGIN_S = 20.0
 WAIT_S = 240
 
 
@@ -50,12 +51,13 @@ def running(machines: list[str], folder: Path, dataset: str, fault: Fault, **cha
         run.kill()
 
 
-def struck(folder: Path) -> None:
-    """Waits until the fault has."""
+def struck(folder: Path) -> float:
+    """Waits until the fault has; when that was."""
     end = time.monotonic() + WAIT_S
-    while not list(folder.glob("struck-*")):
+    while not (notes := [note.read_text() for note in folder.glob("struck-*")]) or not notes[0]:
         assert time.monotonic() < end, "the fault did not strike"
         time.sleep(0.1)
+    return float(notes[0])
 
 
 def assert_whole(folder: Path, whole: Path) -> None:
@@ -69,16 +71,17 @@ def test_a_machine_that_is_cut_off_is_named_and_the_run_goes_on(
 ) -> None:
     fault = Fault("cut", "step", 1)
     with running(machines, tmp_path, dataset, fault, hang_timeout_s=HANG_S) as run:
-        struck(tmp_path)
-        listening, cut_s = run.listening(), time.monotonic()
+        cut_s, listening = struck(tmp_path), run.listening()
         codes, said = run.end()
-        print(f"ended {time.monotonic() - cut_s:.1f} s after the cut, hang_timeout_s={HANG_S}")
+    logs = [tmp_path / "run" / "logs" / f"node-{node}.log" for node in range(2)]
+    last_s = [round(log.stat().st_mtime - cut_s, 1) for log in logs]
+    print(f"hang_timeout_s={HANG_S:g}: last lines {last_s} s after the cut, ended {time.time() - cut_s:.1f} s after it")
     assert listening == [{address} for address in ADDRESSES]
     assert codes == [1, 1], said
     for node, text in enumerate(said):
         wanted = f"[rank {node}] ebbtide: rank {1 - node} does not answer for {HANG_S:g} s, last seen at "
         assert wanted in text
-        assert wanted in (tmp_path / "run" / "logs" / f"node-{node}.log").read_text()
+        assert wanted in logs[node].read_text()
     assert not (tmp_path / "run" / "final").exists()
 
     ip("-n", machines[1], "link", "set", CABLE, "up")
@@ -223,3 +226,30 @@ def test_a_log_that_cannot_be_written_is_said_once(tmp_path: Path, capfd: pytest
     relay.keep("one")
     relay.keep("two")
     assert capfd.readouterr().err.count("what ranks say is not kept") == 1
+
+
+def test_a_rank_that_is_killed_goes_by_its_number_in_the_job(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    relay = Relay(Nodes(2, 1, "a", 3), tmp_path)
+    (tmp_path / "recipe.lock.yaml").touch()
+    command = [sys.executable, "-S", "-c", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+    assert process.stdout is not None
+    assert process.stderr is not None
+    with closing(process.stdout), closing(process.stderr):
+        job = Job([process], 8, relay)
+        job.wait()
+        relay.drain()
+    assert job.exit_code() == 1
+    line = "ebbtide: rank 8 was ended by SIGKILL; memory may have run out"
+    assert capfd.readouterr().err.splitlines() == [line]
+    assert relay.file.read_text() == f"{line}\n"
+
+
+@pytest.mark.parametrize("key", ["max_restarts=1", "on_oom=halve"])
+def test_machines_do_not_start_again_each_by_itself(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], key: str
+) -> None:
+    for name, value in (("PET_NNODES", "2"), ("PET_NODE_RANK", "0"), ("MASTER_ADDR", "a")):
+        monkeypatch.setenv(name, value)
+    assert main(["train", str(ROOT / "recipes" / "tiny.yaml"), key]) == 2
+    assert "but each of PET_NNODES=2 machines would start its ranks again by itself" in capsys.readouterr().err
