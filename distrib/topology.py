@@ -171,7 +171,7 @@ def _meet(topology: Topology) -> Store:
         return store
     host, port = os.environ["MASTER_ADDR"], _integer(os.environ, "MASTER_PORT", 0)
     # torch's own server would listen on all interfaces
-    server = _listener(host, port, topology) if topology.main else None
+    server = _listener(host, port) if topology.main else None
     try:
         return dist.TCPStore(host, port, topology.world, topology.main, timeout=TIMEOUT, master_listen_fd=server)
     except dist.DistNetworkError:
@@ -181,14 +181,14 @@ def _meet(topology: Topology) -> Store:
         ) from None
 
 
-def _listener(host: str, port: int, topology: Topology) -> int | None:
+def _listener(host: str, port: int) -> int | None:
     """At the one address that the name stands for; None where that is no single one of this machine's that others
-    reach: a host's own name is often its loopback's."""
+    reach: a host's own name is often that of its loopback."""
     known: set[str] = set()
     with suppress(socket.gaierror):  # a cluster may know the name a little later
         known = {str(place[4][0]) for place in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)}
     address = known.pop() if len(known) == 1 else ""
-    if not address or (ip_address(address).is_loopback and topology.local_world < topology.world):
+    if not address or (ip_address(address).is_loopback and address != host):
         return None
     try:
         return socket.create_server((address, port), family=_family(address)).detach()

@@ -67,7 +67,7 @@ class Relay:
         self._before = _written(self._claim)
         self._kept: deque[str] = deque(maxlen=KEPT_LINES)
         self._claimed = self._failed = False
-        self._one = threading.Lock()
+        self._one = threading.RLock()  # a signal's handler may say something, too
         self._threads: list[threading.Thread] = []
 
     def take(self, process: Popen[bytes], rank: int) -> None:

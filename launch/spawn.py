@@ -21,10 +21,9 @@ from types import FrameType
 from typing import IO, TYPE_CHECKING
 
 from distrib.told import AGAIN_S, AT_ONCE, KINDS, Told
-from launch.nodes import Nodes
+from launch.nodes import Nodes, Relay
 
 if TYPE_CHECKING:
-    from launch.nodes import Relay
     from launch.restarts import Restarts
 
 Process = subprocess.Popen[bytes]
@@ -56,7 +55,7 @@ def spawn(arguments: Sequence[str], nproc: int, restarts: Restarts | None = None
     slots, environment = list(range(nproc)), dict[str, str]()
     while True:
         words = [*arguments, f"nproc={len(slots)}"]
-        with started("launch", words, len(slots), None, environment, relay) as job, job.signals():
+        with started("launch", words, len(slots), environment=environment, relay=relay) as job, job.signals():
             job.wait()
         code = job.exit_code()
         if code == FULL and restarts and (smaller := restarts.smaller()):
