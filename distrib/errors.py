@@ -21,6 +21,10 @@ class NotWritten(Exception):
     """What a run writes does not reach the disk; checkpoints that were whole still are. Exit code 1, in one line."""
 
 
+class NotReached(Exception):
+    """Rank 0 does not answer where the launcher says that it is. Exit code 1, in one line."""
+
+
 class NotFinite(Exception):
     """A loss or gradient that is NaN or infinite; raised before the weights are touched."""
 

@@ -6,15 +6,19 @@ SLURM's srun (SLURM_PROCID and friends) all end here. Without any, it is one pro
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import socket
+import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from ipaddress import ip_address
 from typing import TYPE_CHECKING
 
-from distrib.errors import UserError
+from distrib.errors import NotReached, UserError
 
 if TYPE_CHECKING:
     import torch
@@ -22,7 +26,7 @@ if TYPE_CHECKING:
 
 TIMEOUT = timedelta(minutes=10)
 """How long a rank waits for another to appear, and at least in a collective."""
-LOOPBACK = "127.0.0.1"
+SIOCGIFADDR = 0x8915
 
 
 @dataclass(frozen=True)
@@ -147,6 +151,7 @@ def connect(topology: Topology, hang_timeout_s: float = 0.0) -> Store | None:
         if name not in os.environ:
             raise UserError(f"WORLD_SIZE={topology.world} but no {name} in the environment: start with torchrun")
     store = dist.PrefixStore(f"generation-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", _meet(topology))
+    _pin_interface(topology)
     backend = "cpu:gloo,cuda:nccl" if topology.device_type == "cuda" else "gloo"
     # A heartbeat that finds a hang in this time names the rank; this is for where none can.
     timeout = max(TIMEOUT, timedelta(seconds=hang_timeout_s)) + timedelta(seconds=30)
@@ -161,13 +166,68 @@ def _meet(topology: Topology) -> Store:
 
     if topology.local_world == topology.world and "lo" in {name for _, name in socket.if_nameindex()}:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    if os.environ["MASTER_ADDR"] != LOOPBACK or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         store: Store = next(iter(rendezvous("env://", topology.rank, topology.world, timeout=TIMEOUT)))[0]
         return store
-    address = LOOPBACK, _integer(os.environ, "MASTER_PORT", 0)
-    # torch's own server would listen on all interfaces.
-    server = socket.create_server(address).detach() if topology.main else None
-    return dist.TCPStore(*address, topology.world, topology.main, timeout=TIMEOUT, master_listen_fd=server)
+    host, port = os.environ["MASTER_ADDR"], _integer(os.environ, "MASTER_PORT", 0)
+    # torch's own server would listen on all interfaces
+    server = _listener(host, port) if topology.main else None
+    try:
+        return dist.TCPStore(host, port, topology.world, topology.main, timeout=TIMEOUT, master_listen_fd=server)
+    except dist.DistNetworkError:
+        raise NotReached(
+            f"rank 0 does not answer at MASTER_ADDR={host}, MASTER_PORT={port} for {TIMEOUT.total_seconds():g} s: "
+            "it is not started, or out of reach"
+        ) from None
+
+
+def _listener(host: str, port: int) -> int | None:
+    """At the one address that the name stands for; None where that is no single one of this machine's that others
+    reach: a host's own name is often that of its loopback."""
+    known: set[str] = set()
+    with suppress(socket.gaierror):  # a cluster may know the name a little later
+        known = {str(place[4][0]) for place in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)}
+    address = known.pop() if len(known) == 1 else ""
+    if not address or (ip_address(address).is_loopback and address != host):
+        return None
+    try:
+        return socket.create_server((address, port), family=_family(address)).detach()
+    except OSError as error:
+        if error.errno == errno.EADDRNOTAVAIL:
+            return None
+        raise UserError(f"MASTER_ADDR={host}, MASTER_PORT={port}: cannot listen there: {error.strerror}") from None
+
+
+def _family(address: str) -> socket.AddressFamily:
+    return socket.AF_INET6 if ":" in address else socket.AF_INET
+
+
+def _pin_interface(topology: Topology) -> None:
+    """On several machines, gloo and NCCL use the interface towards rank 0, where the environment names none. They would
+    guess by the host's name, which is often the loopback's, or by the order of interfaces."""
+    if topology.local_world < topology.world and (name := _interface(os.environ["MASTER_ADDR"])):
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", name)
+
+
+def _interface(host: str) -> str | None:
+    """By the route there, for IPv4 on Linux; no packet is sent."""
+    if sys.platform != "linux":
+        return None
+    import fcntl
+
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((host, 9))
+        except OSError:
+            return None
+        here = socket.inet_aton(probe.getsockname()[0])
+        for _, name in socket.if_nameindex():
+            with suppress(OSError):  # an interface without an address
+                found = fcntl.ioctl(probe, SIOCGIFADDR, name.encode().ljust(256, b"\0"))
+                if found[20:24] == here and name != "lo":
+                    return name
+    return None
 
 
 def ensure_group(topology: Topology) -> None:

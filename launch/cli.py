@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from distrib.errors import UserError, choose
 from distrib.redaction import clean, cleaned_output
+from launch.nodes import Nodes, Relay
 from launch.rank import Rank, exit_code, follow_supervisor, report_alone, stoppable
 from launch.restarts import Restarts
 from launch.spawn import SUPERVISED, launched, say, spawn
@@ -126,20 +127,31 @@ def _on_ranks(
         recipe = _recipe(arguments)
         again = recipe.max_restarts or recipe.on_oom == "halve"
         restarts = Restarts(recipe) if again and arguments.command == "train" else None
-        if (recipe.nproc > 1 or restarts) and not launched(os.environ):
-            flags = [*words, *(["--json"] if arguments.json else [])]
-            return spawn([arguments.command, arguments.recipe, *flags, *arguments.overrides], recipe.nproc, restarts)
-        if restarts and SUPERVISED not in os.environ:
-            key = f"max_restarts={recipe.max_restarts}" if recipe.max_restarts else f"on_oom={recipe.on_oom!r}"
+        nodes = Nodes() if launched(os.environ) else Nodes.of(os.environ)
+        if restarts and nodes.count > 1:
             raise UserError(
-                f"{key}, but a launcher started this rank and has to start it again: leave it out, and give torchrun "
-                "--max-restarts"
+                f"{_again(recipe)}, but each of PET_NNODES={nodes.count} machines would start its ranks again by "
+                "itself: leave it out, and let the cluster start all of them"
+            )
+        if (recipe.nproc > 1 or restarts or nodes.count > 1) and not launched(os.environ):
+            flags = [*words, *(["--json"] if arguments.json else [])]
+            said = [arguments.command, arguments.recipe, *flags, *arguments.overrides]
+            relay = Relay(nodes, Path(recipe.output_dir)) if nodes.count > 1 else None
+            return spawn(said, recipe.nproc, restarts, relay)
+        if restarts and SUPERVISED not in os.environ:
+            raise UserError(
+                f"{_again(recipe)}, but a launcher started this rank and has to start it again: leave it out, and give "
+                "torchrun --max-restarts"
             )
         quieten()
         # what libraries print is no result
         with redirect_stdout(sys.stderr):
             result = _rank(recipe, work)
     return (show(result) or 0) if _is_first_rank() else 0
+
+
+def _again(recipe: Recipe) -> str:
+    return f"max_restarts={recipe.max_restarts}" if recipe.max_restarts else f"on_oom={recipe.on_oom!r}"
 
 
 def quieten() -> None:

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, NoReturn, TypeVar
 
-from distrib.errors import Interrupted, NotFinite, NotWritten, OutOfMemory, UserError, WrongGradients
+from distrib.errors import Interrupted, NotFinite, NotReached, NotWritten, OutOfMemory, UserError, WrongGradients
 from distrib.heartbeat import BEAT_S, END, FAILED, FAILED_CODE, Heart, announce
 from distrib.redaction import one_line, without_values
 from distrib.told import AT_ONCE, EARS, KINDS, give_back, handle
@@ -54,7 +54,7 @@ def _lost_a_peer(error: BaseException) -> bool:
 def report(error: BaseException, rank: str | None) -> None:
     """One line for what a user can act on, a traceback for the rest, once."""
     where = f"rank {rank}: " if rank is not None else ""
-    if isinstance(error, UserError | Interrupted | NotFinite | NotWritten | WrongGradients):
+    if isinstance(error, UserError | Interrupted | NotFinite | NotReached | NotWritten | WrongGradients):
         say(one_line(error))
     elif isinstance(error, KeyboardInterrupt):
         say("interrupted")

@@ -1,4 +1,5 @@
-"""Starts the ranks of one machine and answers for them: `nproc: 2` is all a user writes.
+"""Starts the ranks of one machine and answers for them: `nproc: 2` is all a user writes. Several machines are one such
+command each.
 
 torch's elastic agent is not used: it would import torch in the parent, loses a rank's exit code 75 when it is
 told to stop itself, ends every rank after a fixed grace however long a checkpoint takes, and prints its own
@@ -20,10 +21,12 @@ from types import FrameType
 from typing import IO, TYPE_CHECKING
 
 from distrib.told import AGAIN_S, AT_ONCE, KINDS, Told
+from launch.nodes import Nodes, Relay
 
 if TYPE_CHECKING:
     from launch.restarts import Restarts
 
+Process = subprocess.Popen[bytes]
 STOPPED = 75
 SAID, FOLLOWED, FULL = 70, 71, 72
 """With what the ranks of `spawn` end instead of 1: one that failed and has said why, and one that lost another; and
@@ -43,7 +46,7 @@ def launched(env: Mapping[str, str]) -> bool:
     return "RANK" in env or ("SLURM_STEP_ID" in env and tasks.isdecimal() and int(tasks) > 1)
 
 
-def spawn(arguments: Sequence[str], nproc: int, restarts: Restarts | None = None) -> int:
+def spawn(arguments: Sequence[str], nproc: int, restarts: Restarts | None = None, relay: Relay | None = None) -> int:
     """Run `ebbtide` with these arguments as `nproc` ranks; the exit code that the job as a whole deserves.
 
     Ctrl-C, SIGTERM, SIGUSR1 and SIGHUP reach the ranks as SIGTERM, which stops them with a checkpoint; a second one
@@ -52,7 +55,7 @@ def spawn(arguments: Sequence[str], nproc: int, restarts: Restarts | None = None
     slots, environment = list(range(nproc)), dict[str, str]()
     while True:
         words = [*arguments, f"nproc={len(slots)}"]
-        with started("launch", words, len(slots), environment=environment) as job, job.signals():
+        with started("launch", words, len(slots), environment=environment, relay=relay) as job, job.signals():
             job.wait()
         code = job.exit_code()
         if code == FULL and restarts and (smaller := restarts.smaller()):
@@ -79,15 +82,34 @@ def started(
     nproc: int,
     output: IO[bytes] | None = None,
     environment: Mapping[str, str] | None = None,
+    relay: Relay | None = None,
 ) -> Iterator[Job]:
-    """`python -m module` as `nproc` ranks, which end with the block at the latest; `output` takes what they print."""
+    """`python -m module` as `nproc` ranks, which end with the block at the latest; `output` takes what they print, or
+    the relay of one of several machines."""
     with _reserved_port() as port:
+        nodes = relay.nodes if relay else Nodes(port=port)
         command = [sys.executable, "-P", "-m", module, *arguments]
-        job = Job([_start(command, rank, nproc, port, output, environment or {}) for rank in range(nproc)])
+        first = nodes.index * nproc
+        variables = [{**(environment or {}), **_place(nodes, rank, nproc)} for rank in range(nproc)]
+        job = Job([_start(command, own, subprocess.PIPE if relay else output) for own in variables], first, relay)
         try:
             yield job
         finally:
             job.kill()
+            if relay:
+                relay.drain()
+
+
+def _place(nodes: Nodes, rank: int, nproc: int) -> dict[str, str]:
+    """torchrun's variables, of the machine's rank `rank`."""
+    return {
+        "RANK": str(nodes.index * nproc + rank),
+        "WORLD_SIZE": str(nodes.count * nproc),
+        "LOCAL_RANK": str(rank),
+        "LOCAL_WORLD_SIZE": str(nproc),
+        "MASTER_ADDR": nodes.host,
+        "MASTER_PORT": str(nodes.port),
+    }
 
 
 @contextmanager
@@ -99,20 +121,12 @@ def _reserved_port() -> Iterator[int]:
         yield reserved.getsockname()[1]
 
 
-def _start(
-    command: Sequence[str], rank: int, nproc: int, port: int, output: IO[bytes] | None, environment: Mapping[str, str]
-) -> subprocess.Popen[bytes]:
+def _start(command: Sequence[str], variables: Mapping[str, str], output: IO[bytes] | int | None) -> Process:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     env = {
-        "OMP_NUM_THREADS": str(max(1, cores // nproc)),
+        "OMP_NUM_THREADS": str(max(1, cores // int(variables["LOCAL_WORLD_SIZE"]))),
         **os.environ,
-        **environment,
-        "RANK": str(rank),
-        "WORLD_SIZE": str(nproc),
-        "LOCAL_RANK": str(rank),
-        "LOCAL_WORLD_SIZE": str(nproc),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
+        **variables,
         SUPERVISED: "1",
     }
     home = Path(__file__).resolve().parent.parent
@@ -125,10 +139,15 @@ def _start(
 
 
 class Job:
-    """The ranks of this machine, until the last has ended."""
+    """The ranks of this machine, from `first` on, until the last has ended."""
 
-    def __init__(self, ranks: Sequence[subprocess.Popen[bytes]]) -> None:
+    def __init__(self, ranks: Sequence[Process], first: int = 0, relay: Relay | None = None) -> None:
         self.ranks = ranks
+        self.first = first
+        self._relay = relay
+        for index, rank in enumerate(ranks):
+            if relay:
+                relay.take(rank, first + index)
         self.told = Told()
         self.killed: set[int] = set()
         self.failed_at: float | None = None
@@ -146,11 +165,16 @@ class Job:
     def _stop(self, number: int, frame: FrameType | None) -> None:
         first = not self.told.asked
         if self.told.again():
-            say(AT_ONCE)
+            self._say(AT_ONCE)
             self.kill()
         elif first:
-            say(f"stopping with a checkpoint after this step; Ctrl-C again, after {AGAIN_S:g} s, stops at once")
+            self._say(f"stopping with a checkpoint after this step; Ctrl-C again, after {AGAIN_S:g} s, stops at once")
             self._tell()
+
+    def _say(self, line: str) -> None:
+        say(line)
+        if self._relay:
+            self._relay.keep(f"ebbtide: {line}")
 
     def _tell(self) -> None:
         for rank in self.ranks:
@@ -185,7 +209,7 @@ class Job:
     def exit_code(self) -> int:
         """2 if a rank says that the user erred, 75 if all stopped early, 0 if all are done, 1 otherwise; and FULL."""
         for index in self._silent():
-            say(self._end(index))
+            self._say(self._end(index))
         codes = {self._code(index) for index in range(len(self.ranks))} - {0}
         for said in (2, FULL):
             if said in codes:
@@ -210,11 +234,11 @@ class Job:
         return silent
 
     def _end(self, index: int) -> str:
-        code = self.ranks[index].returncode
+        code, rank = self.ranks[index].returncode, self.first + index
         if code >= 0:
-            return f"rank {index} ended with exit code {code}, without a word"
+            return f"rank {rank} ended with exit code {code}, without a word"
         hint = "; memory may have run out" if code == -signal.SIGKILL else ""
-        return f"rank {index} was ended by {signal.Signals(-code).name}{hint}"
+        return f"rank {rank} was ended by {signal.Signals(-code).name}{hint}"
 
     def culprits(self) -> set[int]:
         """Ranks that failed by themselves: with or without a word, or by not ending with the others."""

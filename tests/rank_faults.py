@@ -63,6 +63,8 @@ FAULTS: dict[str, Callable[[], Any]] = {
     "exception": lambda: 1 / 0,
     "memory": full,
     "sleep": lambda: time.sleep(ASLEEP_S),
+    "cut": lambda: subprocess.run(["ip", "link", "set", "tide", "down"], check=True),
+    "pause": lambda: time.sleep(2),
     "exit": lambda: os._exit(3),
     "quiet exit": lambda: os._exit(0),
     "sys.exit": lambda: sys.exit(3),

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import socket
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 from ranks import Ranks
 
-from distrib.errors import UserError
+from distrib import topology as topologies
+from distrib.errors import NotReached, UserError
 from distrib.topology import Topology, connect, read_environment
 
 NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -107,3 +110,34 @@ def test_ranks_of_one_machine_listen_on_its_loopback_interface_alone(two_ranks: 
     assert all(found), "gloo listens on every rank, the store on rank 0"
     assert len(found[0]) > len(found[1])
     assert {address for rank in found for address in rank} == {"0100007F"}
+
+
+@pytest.mark.parametrize(
+    ("host", "listens"),
+    [("127.0.0.1", True), ("localhost", False), ("192.0.2.1", False), ("nothing.invalid", False)],
+)
+def test_the_store_listens_where_others_look_for_it(host: str, listens: bool) -> None:
+    """Not at a name of the loopback, the address of another machine, as behind a balancer, or a name that is not known
+    yet. Two network namespaces (test_nodes.py) have an address of their own."""
+    found = topologies._listener(host, 0)
+    assert (found is not None) == listens
+    if found is not None:
+        with socket.socket(fileno=found) as server:
+            assert server.getsockname()[0] == host
+
+
+def test_a_port_that_is_taken_is_said() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(UserError, match=f"MASTER_ADDR=127.0.0.1, MASTER_PORT={port}: cannot listen there: "):
+            topologies._listener("127.0.0.1", port)
+
+
+def test_a_rank_0_that_does_not_answer_is_said(environment: pytest.MonkeyPatch) -> None:
+    environment.setattr(topologies, "TIMEOUT", timedelta(seconds=1))
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        for name, value in (("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", str(silent.getsockname()[1]))):
+            environment.setitem(os.environ, name, value)
+        with pytest.raises(NotReached, match=r"rank 0 does not answer at MASTER_ADDR=127.0.0.1, .* for 1 s"):
+            connect(Topology(rank=1, world=2))
