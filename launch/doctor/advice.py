@@ -17,8 +17,8 @@ def todo(found: Facts) -> list[str]:
     nodes = found["nodes"] if isinstance(found["nodes"], list) else []
     said = [*_of_recipe(found["strategies"]), *_of_nodes(nodes), *_differences(nodes), *_of_network(found["network"])]
     said += [*_of_links(found["links"]), *_of_clocks(found["clocks"]), *_of_needs(found["strategies"])]
-    if nodes and not any((node["gpus"] or {}).get("devices") for node in nodes):
-        said.append("no NVIDIA GPU here: runs train on the CPU, which is for small models and for trying things out")
+    if not any(_has_gpus(node) for node in nodes):
+        said.append("no GPU for torch here: runs train on the CPU, which is for small models and for trying things out")
     return list(dict.fromkeys(said))
 
 
@@ -32,12 +32,16 @@ def _of_nodes(nodes: list[Facts]) -> Iterator[str]:
         known = {name: node[name] for name in ("machine", "gpus", "disk") if not _is_unknown(node[name])}
         said = []
         if "machine" in known:
-            said += machine.problems(known["machine"], known.get("gpus", {"devices": []}))
+            said += machine.problems(known["machine"], known.get("gpus", {"devices": None}))
         if "gpus" in known:
             said += gpus.problems(known["gpus"])
         if "disk" in known:
             said += disk.problems(known["disk"])
         yield from (where + line for line in said)
+
+
+def _has_gpus(node: Facts) -> bool:
+    return bool((node["machine"].get("torch") or {}).get("devices"))
 
 
 def _differences(nodes: list[Facts]) -> Iterator[str]:

@@ -12,6 +12,10 @@ LINKS = 18
 """NVLinks that a device has at most."""
 SLOWED = ("HwSlowdown", "HwThermalSlowdown", "HwPowerBrakeSlowdown", "SwThermalSlowdown")
 """Reasons for lower clocks that are a fault of the machine; a power cap and idling are not."""
+NO_REASON = ("None", "All", "GpuIdle", "UserDefinedClocks")
+"""Of those names in the binding; the last is another's old one."""
+READ = 0
+"""The binding's NVML_P2P_CAPS_INDEX_READ is a tuple."""
 Facts = dict[str, Any]
 
 
@@ -22,21 +26,18 @@ def inventory() -> Facts:
 
         ask(pynvml.nvmlInit)
     except (ImportError, OSError) as error:
-        return {"driver": None, "cuda": None, "devices": [], "peers": None, "why": str(error)}
+        return {"driver": None, "cuda": None, "devices": None, "peers": None, "why": str(error)}
     unknown: dict[str, str] = {}
     found: Facts = {
         "driver": _told(unknown, "driver", lambda: ask(pynvml.nvmlSystemGetDriverVersion)),
         "cuda": _told(unknown, "cuda", lambda: _dotted(ask(pynvml.nvmlSystemGetCudaDriverVersion_v2))),
     }
-    handles = [_handle(index) for index in range(_told(unknown, "devices", _count) or 0)]
+    count = _told(unknown, "devices", lambda: ask(pynvml.nvmlDeviceGetCount))
+    if count is None:
+        return found | {"devices": None, "peers": None, "why": unknown["devices"]}
+    handles = [_handle(index) for index in range(count)]
     devices = [_device(index, handle) for index, handle in enumerate(handles)]
     return found | {"devices": devices, "peers": _peers(handles), "why": None, "unknown": unknown}
-
-
-def _count() -> int:
-    import pynvml
-
-    return int(ask(pynvml.nvmlDeviceGetCount))
 
 
 def _handle(index: int) -> Any:
@@ -49,10 +50,11 @@ def _handle(index: int) -> Any:
 
 
 def _told(unknown: dict[str, str], name: str, question: Callable[[], Any]) -> Any:
-    """The answer, or None and in `unknown` why. The binding may be older than the question."""
+    """The answer, or None and in `unknown` why: the driver's words, or those of a binding that is older than the
+    question."""
     try:
         return question()
-    except (OSError, AttributeError) as error:
+    except Exception as error:
         unknown[name] = str(error)
         return None
 
@@ -106,14 +108,11 @@ def _reasons(device: Any) -> list[str]:
     """Why the clocks are lower than they could be; drivers before 530 know the question by its old name."""
     import pynvml
 
-    try:
-        bits = ask(pynvml.nvmlDeviceGetCurrentClocksEventReasons, device)
-    except OSError:
-        bits = ask(pynvml.nvmlDeviceGetCurrentClocksThrottleReasons, device)
+    old, new = pynvml.nvmlDeviceGetCurrentClocksThrottleReasons, pynvml.nvmlDeviceGetCurrentClocksEventReasons
+    bits = ask(old if answers(old, device) else new, device)
     prefix = "nvmlClocksEventReason"
     known = {name.removeprefix(prefix): bit for name, bit in vars(pynvml).items() if name.startswith(prefix)}
-    idle = ("None", "All", "GpuIdle")
-    return sorted(name for name, bit in known.items() if name not in idle and bits & bit)
+    return sorted(name for name, bit in known.items() if name not in NO_REASON and bits & bit)
 
 
 def _nvlinks(device: Any) -> list[bool | None]:
@@ -146,8 +145,8 @@ def _peers(handles: list[Any]) -> list[Facts]:
         for handle in (one, other):
             if isinstance(handle, OSError):
                 raise handle
-        status = ask(pynvml.nvmlDeviceGetP2PStatus, one, other, pynvml.NVML_P2P_CAPS_INDEX_READ)
-        return names.get(status, str(status)).lower().replace("_", " ")
+        status = ask(pynvml.nvmlDeviceGetP2PStatus, one, other, READ)
+        return str(names.get(status, status)).lower().replace("_", " ")
 
     found = []
     for (a, one), (b, other) in combinations(enumerate(handles), 2):
@@ -159,7 +158,7 @@ def _peers(handles: list[Any]) -> list[Facts]:
 
 def problems(found: Facts) -> list[str]:
     said: list[str] = []
-    for device in found["devices"]:
+    for device in found["devices"] or ():
         said += [f"GPU {device['index']}: {line}" for line in _problems(device)]
     blocked = [pair for pair in found["peers"] or [] if pair["access"] not in (None, "ok")]
     if blocked:

@@ -104,7 +104,7 @@ def _neighbours(topology: Topology, size: int) -> list[Facts]:
         other = topology.rank - 1 if after else topology.rank + 1
         low = min(topology.rank, other)
         if first <= low and max(topology.rank, other) < topology.world:
-            found = {"from": low, "to": low + 1}
+            found: Facts = {"from": low, "to": low + 1}
             for name, bytes in (("latency", SMALL), ("large", size)):
                 found |= {name: _spread(_round_trips(topology, other, bytes)) | {"bytes": bytes}}
             if not after:

@@ -68,7 +68,8 @@ def _torch() -> Facts:
         import torch
 
         devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        nccl = ".".join(map(str, torch.cuda.nccl.version())) if torch.distributed.is_nccl_available() else None
+        ask: Any = torch.cuda.nccl.version
+        nccl = ".".join(map(str, ask())) if torch.distributed.is_nccl_available() else None
     except Exception as error:
         return nothing | {"why": f"torch cannot be imported: {type(error).__name__}: {one_line(error, 200)}"}
     return {"cuda": torch.version.cuda, "nccl": nccl, "devices": devices, "why": None}
@@ -82,7 +83,7 @@ def problems(found: Facts, gpus: Facts) -> list[str]:
             said.append(f"{one['name']} is not installed: pip install '{one['name']}{one['asked']}'")
         elif one["installed"] and not one["fits"]:
             said.append(f"{one['name']} {one['installed']} is out of range: pip install '{one['name']}{one['asked']}'")
-    there = len(gpus["devices"])
+    there = len(gpus["devices"] or ())
     if there and torch["devices"] == 0:
         built = (
             "sees none of them: see CUDA_VISIBLE_DEVICES and the driver's version" if torch["cuda"] else "is for CPUs"

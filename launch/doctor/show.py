@@ -48,7 +48,7 @@ def _machine(facts: Facts) -> Iterator[str]:
 
 def _gpus(facts: Facts) -> Iterator[str]:
     if facts["why"]:
-        yield f"none: {facts['why']}"
+        yield f"none that can be used: {facts['why']}"
         return
     yield f"driver {_or(facts['driver'])}, for CUDA up to {_or(facts['cuda'])}; {len(facts['devices'])} devices"
     for device in facts["devices"]:
