@@ -83,7 +83,7 @@ def _of_clocks(clocks: Facts) -> Iterator[str]:
 
 def _of_needs(needs: Facts) -> Iterator[str]:
     """Not of a recipe, whose own list has it."""
-    if needs.get("why"):
+    if "why" in needs:
         yield f"strategies cannot be looked at: {needs['why']}"
     elif "recipe" not in needs:
         for kind in ("strategies", "engines"):

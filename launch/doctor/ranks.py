@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from distrib.topology import Topology
 
 HANG_S = 20.0
-START_S = 120.0
+START_S = 180.0
 """In which ranks that are started here have to be done, loading torch included."""
 Facts = dict[str, Any]
 End = Callable[[str | None], None]
@@ -52,8 +52,10 @@ def _one_each(topology: Topology) -> bool:
 
 def measure(topology: Topology) -> Facts:
     """All ranks call it; rank 0 gets all that came of it."""
+    from distrib.heartbeat import HERE
     from launch.doctor import clocks, links
 
+    HERE.at("measuring links")
     return {"links": links.measure(topology), "clocks": clocks.differences(topology)}
 
 
