@@ -7,7 +7,9 @@ from __future__ import annotations
 import json
 import os
 import socket
+import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import redirect_stdout
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,6 +35,8 @@ def doctor(recipe: Recipe | None, as_json: bool) -> Facts:
         return report.finish()
     topology, store, why = ranks.connected()
     report.speaks = os.environ.get("RANK", "0") == "0"
+    if topology.world == 1 and why is None:
+        why = "the launcher started one rank: start several, or call this without it"
 
     def end(line: str | None) -> None:
         if line:
@@ -146,12 +150,17 @@ def _network(everyone: Sequence[tuple[Mapping[str, str], Sequence[network.Findin
     found = network.check_all(everyone)
     return {
         "variables": clean(dict(everyone[0][0])),
-        "findings": [asdict(one) | {"effect": network.has_effect(one.name, topology.device_type)} for one in found],
+        "findings": [
+            {**asdict(one), "said": str(one), "effect": network.has_effect(one.name, topology.device_type)}
+            for one in found
+        ],
     }
 
 
 def _guarded(look: Callable[[], Facts]) -> Facts:
     try:
-        return look()
+        # what libraries print is no part of the report
+        with redirect_stdout(sys.stderr):
+            return look()
     except Exception as error:
         return {"why": f"{type(error).__name__}: {one_line(error, 300)}"}

@@ -66,8 +66,7 @@ def _versions(node: Facts) -> dict[str, str | None]:
 def _of_network(network: Facts) -> Iterator[str]:
     for one in network.get("findings", ()):
         if one["effect"] and one["kind"] != NOTED:
-            where = f" on rank {', '.join(map(str, one['ranks']))}" if one["ranks"] else ""
-            yield f"{one['name']}={one['value']}{where}: {one['why']}"
+            yield one["said"]
 
 
 def _of_links(links: Facts) -> Iterator[str]:

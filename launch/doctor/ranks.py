@@ -61,7 +61,8 @@ def measure(topology: Topology) -> Facts:
 
 def watched(topology: Topology, store: Store | None, work: Callable[[], Facts], end: End) -> Facts:
     """`work`, while a heartbeat looks whether all ranks go on. If one does not, `end` is given the line that names it
-    on one rank, None on others, and each process ends."""
+    on one rank, None on others, and each process ends, with 1 so that whoever started the ranks ends the one that
+    cannot."""
     if store is None:
         return work()
     from distrib.heartbeat import HERE, Heart
@@ -71,7 +72,7 @@ def watched(topology: Topology, store: Store | None, work: Callable[[], Facts], 
             end(line)
             linger()
         finally:
-            os._exit(0)
+            os._exit(1)
 
     HERE.at("looking at its machine", prompt=False)
     heart = Heart(store, topology.rank, topology.world, HANG_S, leave)

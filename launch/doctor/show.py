@@ -101,9 +101,8 @@ def _network(facts: Facts) -> Iterator[str]:
         yield "nothing set"
     yield from (f"{name}={value}" for name, value in facts["variables"].items())
     for one in facts["findings"]:
-        where = f" on rank {', '.join(map(str, one['ranks']))}" if one["ranks"] else ""
         kind = one["kind"] if one["effect"] or one["kind"] == NOTED else f"{one['kind']}, but without effect on CPUs"
-        yield f"{kind}: {one['name']}={one['value']}{where}: {one['why']}"
+        yield f"{kind}: {one['said']}"
 
 
 def _strategies(facts: Facts) -> Iterator[str]:
