@@ -47,7 +47,10 @@ def doctor(recipe: Recipe | None, as_json: bool) -> Facts:
         _examine(recipe, report, env, topology, why)
         return report.found
 
-    ranks.watched(topology, store, examine, end)
+    try:
+        ranks.watched(topology, store, examine, end)
+    except Exception as error:
+        report.finish(f"{type(error).__name__}: {one_line(error, 300)}")
     return report.finish()
 
 
@@ -55,9 +58,9 @@ def _alone() -> tuple[Topology, str | None]:
     from distrib.topology import Topology, read_environment
 
     try:
-        return read_environment(), None
-    except ImportError as error:
-        return Topology(), f"torch cannot be imported: {one_line(error, 200)}"
+        return Topology(device_type=read_environment().device_type), None
+    except Exception as error:
+        return Topology(), f"{type(error).__name__}: {one_line(error, 200)}"
 
 
 class Report:

@@ -77,9 +77,10 @@ def watched(topology: Topology, store: Store | None, work: Callable[[], Facts], 
     HERE.at("looking at its machine", prompt=False)
     heart = Heart(store, topology.rank, topology.world, HANG_S, leave)
     heart.start()
-    found = work()
-    heart.close()
-    return found
+    try:
+        return work()
+    finally:
+        heart.close()
 
 
 def started_here(devices: int) -> Facts:
@@ -94,8 +95,10 @@ def started_here(devices: int) -> Facts:
         ):
             late = threading.Timer(START_S, job.kill)
             late.start()
-            job.wait()
-            late.cancel()
+            try:
+                job.wait()
+            finally:
+                late.cancel()
         return dict(json.loads(answer.read_text())) if answer.exists() else {"why": _ended(job.ranks, log)}
 
 

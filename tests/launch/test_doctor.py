@@ -334,6 +334,39 @@ def test_a_report_that_stopped_half_way_says_why(capsys: Any) -> None:
     assert "ranks do not talk: rank 1 does not answer" in said
 
 
+def test_a_link_that_breaks_is_a_reason(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    def broken(topology: Topology) -> None:
+        raise RuntimeError("connection closed by peer")
+
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setattr(ranks, "connected", lambda: (Topology(world=2), None, None))
+    monkeypatch.setattr(
+        "torch.distributed.all_gather_object", lambda everyone, mine: everyone.__setitem__(slice(2), [mine, mine])
+    )
+    monkeypatch.setattr(ranks, "measure", broken)
+    monkeypatch.setattr(disk, "BYTES", 2**12)
+    result = found(capsys)
+    assert result["links"] == result["clocks"] == {"why": "RuntimeError: connection closed by peer"}
+    assert "ranks do not talk: RuntimeError: connection closed by peer" in result["todo"]
+
+
+@pytest.mark.slow
+def test_two_ranks_of_torchrun_make_one_report(tmp_path: Path) -> None:
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    done = subprocess.run(
+        [sys.executable, *torchrun, "-m", "launch", "doctor", TINY, "--json"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert [node["ranks"] for node in result["nodes"]] == [[0, 1]]
+    assert result["links"]["ranks"] == result["strategies"]["recipe"]["ranks"] == 2
+
+
 def test_a_real_start(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-P", "-m", "launch", "doctor", "--json"],
