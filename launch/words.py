@@ -77,10 +77,8 @@ def command_parser() -> Parser:
     report = command("report", "write a run's report.html and report.md anew, finished or not")
     report.add_argument("run", metavar="RUN", type=Path, help="the run's output folder")
     recipe = command("recipe", "check a recipe and show every key of it", OVERRIDES)
-    doctor = command(
-        "doctor", "what this machine, or every rank of a launcher, has and lacks: docs/doctor.md", OVERRIDES
-    )
     recipe.add_argument("--schema", action="store_true", help="print the JSON schema, for editors")
+    doctor = command("doctor", "say what this machine, or all ranks of a launcher, have and lack", OVERRIDES)
     needing = (train, verify, data, plan, bench, timeline)
     for needs, made in (*((None, made) for made in needing), ("?", recipe), ("?", doctor)):
         made.usage = f"{made.prog} [options] RECIPE [key=value ...]"

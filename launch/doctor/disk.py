@@ -15,21 +15,7 @@ from distrib.errors import UserError
 from launch.run_folder import refuse_unusable
 
 MOUNTS = Path("/proc/self/mountinfo")
-NETWORK = {
-    "nfs",
-    "nfs4",
-    "lustre",
-    "gpfs",
-    "beegfs",
-    "ceph",
-    "cifs",
-    "smb3",
-    "smbfs",
-    "9p",
-    "virtiofs",
-    "glusterfs",
-    "afs",
-}
+NETWORK = set("nfs nfs4 lustre gpfs beegfs ceph cifs smb3 smbfs 9p virtiofs glusterfs afs".split())  # noqa: SIM905
 MEMORY = {"tmpfs", "ramfs"}
 BYTES, PIECE = 64 * 2**20, 4 * 2**20
 LONGEST_S = 3.0
@@ -43,13 +29,7 @@ def look(folder: Path) -> Facts:
     kind = _kind(there)
     found: Facts = {
         "file_system": kind,
-        "on": None
-        if kind is None
-        else "network"
-        if _on_network(kind)
-        else "memory"
-        if kind in MEMORY
-        else "this machine",
+        "on": _on(kind),
         "why": f"{MOUNTS} does not tell" if kind is None else None,
         "free_bytes": _free(there),
     }
@@ -83,8 +63,12 @@ def _mounted(lines: list[str]) -> Iterator[tuple[str, str]]:
         yield point, after.split()[0]
 
 
-def _on_network(kind: str) -> bool:
-    return kind in NETWORK or (kind.startswith("fuse.") and kind != "fuse.overlayfs")
+def _on(kind: str | None) -> str | None:
+    if kind is None:
+        return None
+    if kind in NETWORK or (kind.startswith("fuse.") and kind != "fuse.overlayfs"):
+        return "network"
+    return "memory" if kind in MEMORY else "this machine"
 
 
 def _free(folder: Path) -> int | None:

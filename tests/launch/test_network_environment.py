@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 from ranks import Ranks
 
+import launch.train
 from distrib.topology import Topology
 from launch import network
 from launch.network import MATTERS, NOTED, WRONG, check, check_all
+from launch.recipe import Recipe
 
 REAL = network.interfaces
 INTERFACES = ["lo", "eth0", "eth1", "docker0"]
@@ -152,3 +154,11 @@ def test_a_run_of_one_rank_says_nothing(capsys: Any, monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "no-such")
     network.say_once(Topology())
     assert capsys.readouterr().err == ""
+
+
+def test_a_run_begins_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    monkeypatch.setattr(launch.train, "say_once", lambda topology: calls.append("network"))
+    monkeypatch.setattr(launch.train, "_train", lambda *_: calls.append("run"))
+    launch.train.train(Recipe(), Topology())
+    assert calls == ["network", "run"]
