@@ -44,20 +44,7 @@ class Parts:
 
     @classmethod
     def of(cls, recipe: Recipe, topology: Topology) -> Parts:
-        chosen = strategies.build([section.model_dump() for section in recipe.strategy])
-        topology = strategies.staged(chosen, replace(topology, tensor=recipe.engine.tensor_parallel))
-        config = load_config(recipe)
-        check_engine(recipe.engine.name, settings_of(recipe), topology)
-        if topology.tensor > 1:
-            tensor_parallel.check(config, topology)
-        strategies.check(chosen, config, topology, recipe.compile)
-        if recipe.verify:
-            # An approximation that states no bound cannot be held to it.
-            Promise.of(chosen)
-        if recipe.packing:
-            refuse_packing(config)
-        if recipe.eval_samples and topology.stages > 1:
-            raise Refused(f"eval_samples={recipe.eval_samples}: a pipeline does not generate; set eval_samples=0")
+        topology, config, chosen = checked(recipe, topology)
         objective = make_objective(recipe)
         tokenizer = load_tokenizer(recipe)
         check_vocabulary(config, tokenizer)
@@ -94,6 +81,26 @@ class Parts:
         """This rank's share of the rows [start, stop)."""
         rank, world = self.topology.data_rank, self.topology.data_world
         return self.data.window(start, stop, rank, world, self.recipe.per_device_train_batch_size)
+
+
+def checked(recipe: Recipe, topology: Topology) -> tuple[Topology, Any, list[strategies.Strategy]]:
+    """The ranks as the recipe lays them out, the model's configuration and the strategies: what cannot be without
+    weights or data is refused."""
+    chosen = strategies.build([section.model_dump() for section in recipe.strategy])
+    topology = strategies.staged(chosen, replace(topology, tensor=recipe.engine.tensor_parallel))
+    config = load_config(recipe)
+    check_engine(recipe.engine.name, settings_of(recipe), topology)
+    if topology.tensor > 1:
+        tensor_parallel.check(config, topology)
+    strategies.check(chosen, config, topology, recipe.compile)
+    if recipe.verify:
+        # An approximation that states no bound cannot be held to it.
+        Promise.of(chosen)
+    if recipe.packing:
+        refuse_packing(config)
+    if recipe.eval_samples and topology.stages > 1:
+        raise Refused(f"eval_samples={recipe.eval_samples}: a pipeline does not generate; set eval_samples=0")
+    return topology, config, chosen
 
 
 def described(parts: Parts) -> dict[str, Any]:

@@ -363,6 +363,17 @@ def _recipe_command(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _doctor(arguments: argparse.Namespace) -> int:
+    if arguments.recipe is None and arguments.overrides:
+        raise UserError(f"{arguments.overrides[0]}: changes a recipe, and none is given: ebbtide doctor RECIPE")
+    recipe = _recipe(arguments) if arguments.recipe else None
+    from launch.doctor import doctor
+
+    quieten()
+    doctor(recipe, arguments.json)
+    return 0
+
+
 def _show(result: dict[str, Any], as_json: bool) -> None:
     if as_json:
         print(json.dumps(result, default=str))
@@ -384,5 +395,6 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "checkpoint": _checkpoint,
     "report": _report,
     "recipe": _recipe_command,
+    "doctor": _doctor,
 }
-WITH_RECIPE = ("train", "verify", "data", "plan", "bench", "timeline", "recipe")
+WITH_RECIPE = ("train", "verify", "data", "plan", "bench", "timeline", "recipe", "doctor")

@@ -205,6 +205,8 @@ class Job:
             with suppress(ProcessLookupError, PermissionError):
                 os.killpg(rank.pid, signal.SIGKILL)
             rank.wait()
+            if rank.stdin:
+                rank.stdin.close()
 
     def exit_code(self) -> int:
         """2 if a rank says that the user erred, 75 if all stopped early, 0 if all are done, 1 otherwise; and FULL."""

@@ -41,6 +41,7 @@ from launch.console import Console
 from launch.data import Data, open_data
 from launch.evaluate import evaluator
 from launch.export import LOCK, write_folder
+from launch.network import say_once
 from launch.pages.run import summary, write_pages
 from launch.recipe_file import dump_recipe, load_recipe
 from launch.reference import annotator
@@ -66,6 +67,7 @@ MAY_CHANGE = {
 
 def train(recipe: Recipe, topology: Topology) -> dict[str, Any]:
     """Train, or go on where the run in `output_dir` stopped; returns what `report.json` holds."""
+    say_once(topology)
     with closing(Meter(topology)) as meter:
         return _train(recipe, topology, meter)
 

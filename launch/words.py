@@ -78,8 +78,9 @@ def command_parser() -> Parser:
     report.add_argument("run", metavar="RUN", type=Path, help="the run's output folder")
     recipe = command("recipe", "check a recipe and show every key of it", OVERRIDES)
     recipe.add_argument("--schema", action="store_true", help="print the JSON schema, for editors")
+    doctor = command("doctor", "say what this machine, or all ranks of a launcher, have and lack", OVERRIDES)
     needing = (train, verify, data, plan, bench, timeline)
-    for needs, made in (*((None, made) for made in needing), ("?", recipe)):
+    for needs, made in (*((None, made) for made in needing), ("?", recipe), ("?", doctor)):
         made.usage = f"{made.prog} [options] RECIPE [key=value ...]"
         made.add_argument("recipe", metavar="RECIPE", nargs=needs, help="a YAML file")
     return parser

@@ -31,6 +31,12 @@ class Device(ctypes.Structure):
         *[(name, ctypes.c_double) for name in ("resets_at", "lost_at", "found_at", "mean_s")],
         *[(name, ctypes.c_double) for name in ("limit_watts", "module_watts")],
         *[(name, ctypes.c_int) for name in ("energy_error", "power_error", "handle_error", "mig")],
+        *[(name, ctypes.c_ulonglong) for name in ("memory_bytes", "memory_used_bytes", "reasons", "ecc_errors")],
+        *[("major", ctypes.c_uint), ("minor", ctypes.c_uint)],
+        *[("mhz", ctypes.c_uint * 4), ("mhz_most", ctypes.c_uint * 4), ("default_watts", ctypes.c_uint)],
+        *[("pcie", ctypes.c_uint * 2), ("pcie_most", ctypes.c_uint * 2)],
+        *[(name, ctypes.c_uint) for name in ("links", "links_down", "no_peers")],
+        ("ecc", ctypes.c_int),
     ]
 
 
@@ -59,8 +65,14 @@ class Standin:
         self.latency_s.value = 0.0
         self.init_error = ctypes.c_int.in_dll(library, "init_error")
         self.init_error.value = 0
+        self.fail("", 0)
         ctypes.memset(self.devices, 0, ctypes.sizeof(self.devices))
         self.clock = VirtualClock(self.now)
+
+    def fail(self, query: str, code: int) -> None:
+        """This query of the library, on every device from now on."""
+        (ctypes.c_char * 64).in_dll(self._library, "failing").value = query.encode()
+        ctypes.c_int.in_dll(self._library, "failing_code").value = code
 
     def add(self, uuid: str = "GPU-a", listed: bool = True, **script: Any) -> Device:
         """One more device; one that is not listed is found by its UUID only."""

@@ -7,12 +7,13 @@ is always looked up by its UUID.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from distrib.energy.clock import Clock
 from distrib.energy.source import Counter, Power, Source
+from distrib.nvml import answers, ask
 from distrib.topology import Topology
 
 # Where the driver does not tell a device's limit.
@@ -35,7 +36,7 @@ def open_device(topology: Topology, clock: Clock, env: Mapping[str, str]) -> tup
 
     nameless = Source("gpu", f"cuda:{topology.local_rank}", clock, CEILING_WATTS)
     try:
-        _ask(pynvml.nvmlInit)
+        ask(pynvml.nvmlInit)
         uuid = _uuid(topology, env)
     except (OSError, Unknown) as why:
         return [nameless], [f"the energy of {nameless.name} is unknown: {why}"]
@@ -105,12 +106,12 @@ def _devices() -> list[Device]:
 
     def device(index: int) -> Device:
         try:
-            handle = _ask(pynvml.nvmlDeviceGetHandleByIndex, index)
-            return Device(_ask(pynvml.nvmlDeviceGetUUID, handle), _ask(pynvml.nvmlDeviceGetName, handle))
+            handle = ask(pynvml.nvmlDeviceGetHandleByIndex, index)
+            return Device(ask(pynvml.nvmlDeviceGetUUID, handle), ask(pynvml.nvmlDeviceGetName, handle))
         except OSError:
             return Device(f"number {index}", "")
 
-    return [device(index) for index in range(_ask(pynvml.nvmlDeviceGetCount))]
+    return [device(index) for index in range(ask(pynvml.nvmlDeviceGetCount))]
 
 
 def _handle(uuid: str) -> Any:
@@ -121,12 +122,12 @@ def _handle(uuid: str) -> Any:
     if uuid.startswith("MIG-"):
         raise shared
     try:
-        handle = _ask(pynvml.nvmlDeviceGetHandleByUUID, uuid)
+        handle = ask(pynvml.nvmlDeviceGetHandleByUUID, uuid)
     except OSError:
-        if _answers(pynvml.nvmlDeviceGetHandleByUUID, uuid.replace("GPU-", "MIG-", 1)):
+        if answers(pynvml.nvmlDeviceGetHandleByUUID, uuid.replace("GPU-", "MIG-", 1)):
             raise shared from None
         raise
-    if _answers(pynvml.nvmlDeviceGetMigMode, handle) and _ask(pynvml.nvmlDeviceGetMigMode, handle)[0]:
+    if answers(pynvml.nvmlDeviceGetMigMode, handle) and ask(pynvml.nvmlDeviceGetMigMode, handle)[0]:
         raise shared
     return handle
 
@@ -136,13 +137,13 @@ def _gpu(uuid: str, handle: Any, clock: Clock) -> tuple[Source, list[str]]:
     import pynvml
 
     limit = pynvml.nvmlDeviceGetEnforcedPowerLimit
-    ceiling_watts = _ask(limit, handle) / 1000 if _answers(limit, handle) else CEILING_WATTS
+    ceiling_watts = ask(limit, handle) / 1000 if answers(limit, handle) else CEILING_WATTS
 
     def joules() -> float:
-        return float(_ask(pynvml.nvmlDeviceGetTotalEnergyConsumption, handle) / 1000)
+        return float(ask(pynvml.nvmlDeviceGetTotalEnergyConsumption, handle) / 1000)
 
     def watts() -> float:
-        return float(_ask(pynvml.nvmlDeviceGetPowerUsage, handle) / 1000)
+        return float(ask(pynvml.nvmlDeviceGetPowerUsage, handle) / 1000)
 
     counter = Counter("gpu", uuid, clock, ceiling_watts, joules)
     if counter.observe():
@@ -161,27 +162,10 @@ def _module(uuid: str, handle: Any, clock: Clock) -> list[Source]:
     field = (pynvml.NVML_FI_DEV_POWER_INSTANT, pynvml.NVML_POWER_SCOPE_MODULE)
 
     def watts() -> float:
-        (value,) = _ask(pynvml.nvmlDeviceGetFieldValues, handle, [field])
+        (value,) = ask(pynvml.nvmlDeviceGetFieldValues, handle, [field])
         if value.nvmlReturn:
             raise OSError(str(pynvml.NVMLError(value.nvmlReturn)))
         return float(value.value.uiVal / 1000)
 
     module = Power("module", f"{uuid}/module", clock, CEILING_WATTS, watts)
     return [module] if module.error is None else []
-
-
-def _ask(function: Callable[..., Any], *arguments: Any) -> Any:
-    import pynvml
-
-    try:
-        return function(*arguments)
-    except (pynvml.NVMLError, pynvml.NVMLLibraryMismatchError) as error:
-        raise OSError(f"NVML says: {error}") from None
-
-
-def _answers(function: Callable[..., Any], *arguments: Any) -> bool:
-    try:
-        _ask(function, *arguments)
-    except OSError:
-        return False
-    return True

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any, ClassVar
 
+import torch
 from torch import nn
 
 from distrib.contracts import Context
@@ -16,6 +17,7 @@ from distrib.errors import Refused, choose
 from distrib.topology import Topology
 from strategies.core.contract import Fidelity, Strategy
 from strategies.core.edits import Edit, Wrap, base_name, original_class
+from strategies.lowbit.backends.reference import How
 from strategies.lowbit.draws import Draws
 from strategies.lowbit.linear import UNIT, LowBitLinear, Shared, Unit, units
 from strategies.lowbit.precision import PLAIN, PRECISIONS
@@ -70,6 +72,15 @@ class LowBit(Strategy):
         """Of precisions that are asked for."""
         preset = self.presets[self.preset]
         return {preset.attention, preset.mlp, *self.rules.values()}
+
+    def products(self, device: torch.device) -> Counter[How]:
+        """How those of one linear run there, in every precision that is asked for."""
+        shared = Shared(Draws(0, 1), Schedule(self.share, self.target_forward))
+        found: Counter[How] = Counter()
+        for name in self._names():
+            if (chosen := PRECISIONS[name]) is not None:
+                found.update(Unit(shared, "", chosen, name, turned=False).products(device, trained=True))
+        return found
 
     def edits(self, model: nn.Module, topology: Topology) -> Iterable[Edit]:
         shared = Shared(Draws(topology.rank, topology.world), Schedule(self.share, self.target_forward))

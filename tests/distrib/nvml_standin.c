@@ -23,12 +23,23 @@ typedef struct {
     double mean_s;     /* over which the power sensor takes its mean; 0: it does not */
     double limit_watts, module_watts;
     int energy_error, power_error, handle_error, mig;
+    unsigned long long memory_bytes, memory_used_bytes, reasons, ecc_errors;
+    unsigned int major, minor, mhz[4], mhz_most[4]; /* graphics, SM, memory, video */
+    unsigned int default_watts, pcie[2], pcie_most[2]; /* generation, width */
+    unsigned int links, links_down, no_peers; /* how many; masks of links and of devices */
+    int ecc;
 } device_t;
 
 device_t devices[8];
 unsigned int device_count; /* those behind it are found by their UUID only */
 int init_error;
 double now, latency_s;
+char failing[64]; /* the name of a query that fails on every device, and with what */
+int failing_code;
+
+#define ASKED(query)                                                                                                   \
+    if (!strcmp(failing, query))                                                                                       \
+    return failing_code
 
 static double clock_s(void) {
     struct timespec at;
@@ -69,6 +80,7 @@ const char *nvmlErrorString(int code) {
 }
 
 int nvmlDeviceGetCount_v2(unsigned int *count) {
+    ASKED("nvmlDeviceGetCount_v2");
     *count = device_count;
     return SUCCESS;
 }
@@ -95,11 +107,13 @@ int nvmlDeviceGetUUID(device_t *device, char *uuid, unsigned int length) {
 }
 
 int nvmlDeviceGetName(device_t *device, char *name, unsigned int length) {
+    ASKED("nvmlDeviceGetName");
     strncpy(name, device->name, length);
     return SUCCESS;
 }
 
 int nvmlDeviceGetMigMode(device_t *device, unsigned int *current, unsigned int *pending) {
+    ASKED("nvmlDeviceGetMigMode");
     if (device->mig < 0)
         return NOT_SUPPORTED;
     *current = *pending = (unsigned int)device->mig;
@@ -107,6 +121,7 @@ int nvmlDeviceGetMigMode(device_t *device, unsigned int *current, unsigned int *
 }
 
 int nvmlDeviceGetEnforcedPowerLimit(device_t *device, unsigned int *milliwatts) {
+    ASKED("nvmlDeviceGetEnforcedPowerLimit");
     if (device->limit_watts <= 0)
         return NOT_SUPPORTED;
     *milliwatts = (unsigned int)(device->limit_watts * 1e3);
@@ -114,6 +129,7 @@ int nvmlDeviceGetEnforcedPowerLimit(device_t *device, unsigned int *milliwatts) 
 }
 
 int nvmlDeviceGetTotalEnergyConsumption(device_t *device, unsigned long long *millijoules) {
+    ASKED("nvmlDeviceGetTotalEnergyConsumption");
     double t = clock_s();
     if (device->energy_error)
         return device->energy_error;
@@ -154,5 +170,110 @@ int nvmlDeviceGetFieldValues(device_t *device, int count, field_t *fields) {
         fields[i].result = known ? SUCCESS : NOT_SUPPORTED;
         fields[i].value.whole = (unsigned int)(device->module_watts * 1e3);
     }
+    return SUCCESS;
+}
+
+int nvmlSystemGetDriverVersion(char *version, unsigned int length) {
+    ASKED("nvmlSystemGetDriverVersion");
+    strncpy(version, "580.65.06", length);
+    return SUCCESS;
+}
+
+int nvmlSystemGetCudaDriverVersion_v2(int *version) {
+    ASKED("nvmlSystemGetCudaDriverVersion_v2");
+    *version = 13010;
+    return SUCCESS;
+}
+
+typedef struct {
+    unsigned long long total, free, used;
+} memory_t;
+
+int nvmlDeviceGetMemoryInfo(device_t *device, memory_t *memory) {
+    ASKED("nvmlDeviceGetMemoryInfo");
+    memory->total = device->memory_bytes;
+    memory->used = device->memory_used_bytes;
+    memory->free = memory->total - memory->used;
+    return SUCCESS;
+}
+
+int nvmlDeviceGetCudaComputeCapability(device_t *device, int *major, int *minor) {
+    ASKED("nvmlDeviceGetCudaComputeCapability");
+    *major = (int)device->major;
+    *minor = (int)device->minor;
+    return SUCCESS;
+}
+
+int nvmlDeviceGetClockInfo(device_t *device, int clock, unsigned int *mhz) {
+    ASKED("nvmlDeviceGetClockInfo");
+    *mhz = device->mhz[clock];
+    return SUCCESS;
+}
+
+int nvmlDeviceGetMaxClockInfo(device_t *device, int clock, unsigned int *mhz) {
+    ASKED("nvmlDeviceGetMaxClockInfo");
+    *mhz = device->mhz_most[clock];
+    return SUCCESS;
+}
+
+int nvmlDeviceGetCurrentClocksEventReasons(device_t *device, unsigned long long *reasons) {
+    ASKED("nvmlDeviceGetCurrentClocksEventReasons");
+    *reasons = device->reasons;
+    return SUCCESS;
+}
+
+int nvmlDeviceGetEccMode(device_t *device, int *current, int *pending) {
+    ASKED("nvmlDeviceGetEccMode");
+    *current = *pending = device->ecc;
+    return SUCCESS;
+}
+
+int nvmlDeviceGetTotalEccErrors(device_t *device, int kind, int counter, unsigned long long *errors) {
+    ASKED("nvmlDeviceGetTotalEccErrors");
+    *errors = kind == 1 && counter == 0 ? device->ecc_errors : 99;
+    return SUCCESS;
+}
+
+int nvmlDeviceGetPowerManagementDefaultLimit(device_t *device, unsigned int *milliwatts) {
+    ASKED("nvmlDeviceGetPowerManagementDefaultLimit");
+    *milliwatts = device->default_watts * 1000;
+    return SUCCESS;
+}
+
+int nvmlDeviceGetCurrPcieLinkGeneration(device_t *device, unsigned int *generation) {
+    ASKED("nvmlDeviceGetCurrPcieLinkGeneration");
+    *generation = device->pcie[0];
+    return SUCCESS;
+}
+
+int nvmlDeviceGetCurrPcieLinkWidth(device_t *device, unsigned int *width) {
+    ASKED("nvmlDeviceGetCurrPcieLinkWidth");
+    *width = device->pcie[1];
+    return SUCCESS;
+}
+
+int nvmlDeviceGetMaxPcieLinkGeneration(device_t *device, unsigned int *generation) {
+    ASKED("nvmlDeviceGetMaxPcieLinkGeneration");
+    *generation = device->pcie_most[0];
+    return SUCCESS;
+}
+
+int nvmlDeviceGetMaxPcieLinkWidth(device_t *device, unsigned int *width) {
+    ASKED("nvmlDeviceGetMaxPcieLinkWidth");
+    *width = device->pcie_most[1];
+    return SUCCESS;
+}
+
+int nvmlDeviceGetNvLinkState(device_t *device, unsigned int link, int *active) {
+    ASKED("nvmlDeviceGetNvLinkState");
+    if (link >= device->links)
+        return device->links ? INVALID_ARGUMENT : NOT_SUPPORTED;
+    *active = !(device->links_down >> link & 1);
+    return SUCCESS;
+}
+
+int nvmlDeviceGetP2PStatus(device_t *one, device_t *other, int what, int *status) {
+    ASKED("nvmlDeviceGetP2PStatus");
+    *status = what == 0 && !(one->no_peers >> (other - devices) & 1) ? 0 : 4;
     return SUCCESS;
 }
