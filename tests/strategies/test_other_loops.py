@@ -1,122 +1,175 @@
-"""Every exact strategy under the real Trainer, TRL's SFT, DPO and GRPO trainers and a bare loop: what the trainer itself
-logs and trains without strategies, step by step, and every micro-batch through the strategy."""
+"""Every exact strategy under the real Trainer and TRL's SFT, DPO and GRPO trainers: what the trainer itself logs and
+trains without strategies, step by step, and every micro-batch through the strategy."""
 
 from __future__ import annotations
 
-import copy
-from functools import cache
-
 import pytest
 import torch
-import torch.nn.functional as F
-from families import build
-from transformers import Trainer, TrainingArguments
+from loop_cases import MICRO_BATCHES, STEPS, STRATEGIES, figures, tokenizer, trainer_of
 
 import strategies
-from launch.tokenizer import byte_tokenizer
+from strategies.streaming.sequence import ChunkedBatch
 
-STEPS, MICRO_BATCHES, ROWS = 20, 2, 2
-CHUNK = 8
-STRATEGIES = {
-    "plain": {},
-    "recompute": {"policy": "full"},
-    "streambp": {"chunk": CHUNK},
-    "seco": {"chunk": CHUNK},
-    "spaco": {"chunk": CHUNK, "p": 1.0},
-    "twobp": {},
-}
-CHAT = "{% for m in messages %}{{ m.role + ': ' + m.content + eos_token }}{% endfor %}"
+pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing:FutureWarning")  # as TRL calls it
 
-
-def tiny():
-    return build("llama", vocab_size=264, initializer_range=0.1).float()
+KINDS = [pytest.param("trainer"), *(pytest.param(kind, marks=pytest.mark.trl) for kind in ("sft", "dpo", "grpo"))]
+FAST = {("trainer", "seco"), ("trainer", "twobp"), ("sft", "seco"), ("dpo", "seco"), ("grpo", "seco")}
+CASES = [
+    pytest.param(*kind.values, name, marks=[*kind.marks, *([] if (*kind.values, name) in FAST else [pytest.mark.slow])])
+    for kind in KINDS
+    for name in STRATEGIES
+]
+ALL = STEPS * MICRO_BATCHES
 
 
-def tokenizer():
-    made = byte_tokenizer()
-    made.chat_template = CHAT
-    return made
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """A trainer of each kind as it is, trained."""
+    known = {}
+
+    def trained(kind):
+        if kind not in known:
+            known[kind] = trainer_of(kind, tmp_path_factory.mktemp(kind))
+            known[kind].train()
+        return known[kind]
+
+    return trained
 
 
-def rows(kind):
-    from datasets import Dataset
+@pytest.fixture
+def graphs(monkeypatch):
+    """How many chunks were run with a graph."""
+    noted = []
+    states = ChunkedBatch.states
 
-    words = ["ab cd " * (1 + i % 5) + chr(97 + i) for i in range(24)]
-    made = {
-        "trainer": [{"input_ids": list(word.encode()), "labels": list(word.encode())} for word in words],
-        "sft": [{"text": word} for word in words],
-        "dpo": [{"prompt": word, "chosen": "yes" * (1 + i % 3), "rejected": "no"} for i, word in enumerate(words)],
-        "grpo": [{"prompt": word} for word in words],
-    }
-    return Dataset.from_list(made[kind])
+    def noting(*args, **kwargs):
+        if torch.is_grad_enabled():
+            noted.append(1)
+        return states(*args, **kwargs)
 
-
-def collate(samples):
-    width = max(len(sample["input_ids"]) for sample in samples)
-
-    def pad(name, value):
-        return torch.stack([F.pad(torch.tensor(s[name]), (0, width - len(s[name])), value=value) for s in samples])
-
-    ids = pad("input_ids", 0)
-    return {"input_ids": ids, "labels": pad("labels", -100), "attention_mask": (ids != 0).long()}
+    monkeypatch.setattr(ChunkedBatch, "states", noting)
+    return noted
 
 
-def reward(completions, **_):
-    """Something that a random model gets in different measure."""
-    return [float(sum(ord(letter) % 7 for letter in completion)) for completion in completions]
+def needs_trl(kind):
+    if kind != "trainer":
+        pytest.importorskip("trl", reason="trl is not installed: pip install -c constraints.txt 'ebbtide[trl]'")
 
 
-def parts(kind):
-    """A trainer's class, its arguments' class, and what else it is made with."""
-    if kind == "trainer":
-        return Trainer, TrainingArguments, {"data_collator": collate}, {}
-    import trl
-
-    kinds = {
-        "sft": (trl.SFTTrainer, trl.SFTConfig, {}, {}),
-        "dpo": (trl.DPOTrainer, trl.DPOConfig, {}, {"max_length": 64}),
-        "grpo": (
-            trl.GRPOTrainer,
-            trl.GRPOConfig,
-            {"reward_funcs": reward},
-            {"num_generations": 2, "max_completion_length": 9, "num_iterations": 2, "temperature": 0.9},
-        ),
-    }
-    trainer, arguments, more, changes = kinds[kind]
-    return trainer, arguments, {"processing_class": tokenizer(), **more}, {"bf16": False, **changes}
+def layers(trainer):
+    return [part for part in trainer.model.modules() if type(part).__name__ == "LlamaDecoderLayer"]
 
 
-def trainer_of(kind, folder, chosen=None, peft_config=None, **changes):
-    base, arguments, more, settings = parts(kind)
-    given = arguments(
-        output_dir=str(folder),
-        max_steps=STEPS,
-        per_device_train_batch_size=ROWS,
-        gradient_accumulation_steps=MICRO_BATCHES,
-        learning_rate=1e-3,
-        logging_steps=1,
-        report_to="none",
-        save_strategy="no",
-        use_cpu=True,
-        disable_tqdm=True,
-        seed=1,
-        optim="adamw_torch",
-        dataloader_pin_memory=False,
-        **{**settings, **changes},
+def count_forwards(trainer):
+    """Of the layers' last norm."""
+    noted = []
+    for layer in layers(trainer):
+        layer.post_attention_layernorm.register_forward_pre_hook(lambda *_: noted.append(torch.is_grad_enabled()))
+    return noted
+
+
+def assert_went_through(trainer, name, graphs, forwards):
+    """Once a micro-batch, in chunks where there are chunks, and by nobody else's checkpoint."""
+    if name in ("seco", "spaco", "twobp"):
+        assert trainer.attached.carrier.backwards == ALL
+        assert not trainer.args.gradient_checkpointing
+        assert len(graphs) == 0 if name == "twobp" else len(graphs) > 2 * ALL
+    if name == "streambp":
+        assert [layer._ebbtide_block.backwards for layer in layers(trainer)] == [ALL] * len(layers(trainer))
+    if name == "recompute":
+        assert trainer.attached.accounts()["recompute"]
+        assert forwards.count(True) >= 2 * ALL * len(layers(trainer))
+
+
+def assert_same(trainer, right):
+    found, wanted = figures(trainer), figures(right)
+    assert len(found) == len(wanted) == STEPS
+    assert len({entry["loss"] for entry in wanted}) > STEPS / 2, "these rows say nothing"
+    for entry, other in zip(found, wanted, strict=True):
+        assert entry == pytest.approx(other, rel=2e-5, abs=2e-6)
+    for (name, a), b in zip(trainer.model.named_parameters(), right.model.parameters(), strict=True):
+        assert (a - b).norm() <= 2e-5 * b.norm(), name
+
+
+@pytest.mark.parametrize(("kind", "name"), CASES)
+def test_twenty_steps_are_the_trainers_own(tmp_path, plain, graphs, kind, name):
+    needs_trl(kind)
+    trainer = trainer_of(kind, tmp_path, [strategies.get(name)(**STRATEGIES[name])])
+    forwards = count_forwards(trainer)
+    trainer.train()
+    assert_same(trainer, plain(kind))
+    assert_went_through(trainer, name, graphs, forwards)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ["seco", "streambp"])
+def test_with_adapters_that_the_trainer_puts_on(tmp_path, graphs, kind, name):
+    """After the model was given to it, in TRL; the reference is then the model without them."""
+    from peft import LoraConfig
+
+    needs_trl(kind)
+    more = {"beta": 0.04} if kind == "grpo" else {}
+    pair = []
+    for chosen in (None, [strategies.get(name)(**STRATEGIES[name])]):
+        torch.manual_seed(5)
+        adapters = LoraConfig(r=3, target_modules="all-linear", task_type="CAUSAL_LM")
+        pair.append(trainer_of(kind, tmp_path, chosen, adapters, **more))
+    forwards = count_forwards(pair[1])
+    for trainer in pair:
+        trainer.train()
+    right, trainer = pair
+    assert_same(trainer, right)
+    assert_went_through(trainer, name, graphs, forwards)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_bf16_is_as_close_as_the_trainers_own(tmp_path, plain, kind):
+    needs_trl(kind)
+    exact, wanted, found = (
+        [entry["grad_norm"] for entry in figures(trainer)]
+        for trainer in (plain(kind), *(trained_in_bf16(kind, tmp_path, chosen) for chosen in (None, ["seco"])))
     )
-    model = tiny()
-    if kind == "dpo" and peft_config is None:
-        more["ref_model"] = copy.deepcopy(model)
-    if peft_config is not None:
-        more["peft_config"] = peft_config
-    more["train_dataset"] = rows(kind)
-    if chosen is None:
-        return base(model, args=given, **more)
-    return type("Mine", (strategies.TrainerMixin, base), {})(model, args=given, strategies=chosen, **more)
+    error = max(abs(a - b) / b for a, b in zip(wanted[:4], exact[:4], strict=True))
+    assert error > 0, "this was not bf16"
+    assert max(abs(a - b) / b for a, b in zip(found[:4], exact[:4], strict=True)) < max(3 * error, 1e-2)
 
 
-def figures(trainer):
-    """Everything that is logged at each step, but for times."""
-    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
-    timed = ("time", "runtime", "per_second", "epoch")
-    return [{k: v for k, v in entry.items() if not any(word in k for word in timed)} for entry in logged]
+def trained_in_bf16(kind, folder, names):
+    chosen = names and [strategies.get(name)(**STRATEGIES[name]) for name in names]
+    trainer = trainer_of(kind, folder, chosen, bf16=True, max_steps=4)
+    trainer.train()
+    return trainer
+
+
+@pytest.mark.trl
+def test_generation_runs_as_it_is(tmp_path, monkeypatch):
+    needs_trl("grpo")
+    trainer = trainer_of("grpo", tmp_path, [strategies.get("seco")(chunk=8)])
+    calls = []
+    step = trainer.attached.carrier.step
+    monkeypatch.setattr(step, "halfway", lambda *args: calls.append(1) or type(step).halfway(step, *args))
+    ids = torch.tensor([list(b"ab cd ab")])
+    model = trainer.model.eval()
+    settings = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": tokenizer().pad_token_id}
+    found = model.generate(ids, attention_mask=torch.ones_like(ids), **settings)
+    assert not calls
+    trainer.attached.undo()
+    assert found.tolist() == model.generate(ids, attention_mask=torch.ones_like(ids), **settings).tolist()
+
+
+def test_evaluation_and_what_is_saved(tmp_path, graphs):
+    from loop_cases import rows
+    from transformers import AutoModelForCausalLM
+
+    right, trainer = (trainer_of("trainer", tmp_path, chosen) for chosen in (None, [strategies.get("seco")(chunk=8)]))
+    data = rows("trainer")
+    assert trainer.evaluate(data)["eval_loss"] == pytest.approx(right.evaluate(data)["eval_loss"], rel=1e-6)
+    assert trainer.predict(data).predictions == pytest.approx(right.predict(data).predictions, rel=1e-4, abs=1e-5)
+    assert not graphs
+    trainer.save_model(str(tmp_path / "saved"))
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    assert type(loaded).__name__ == "LlamaForCausalLM"
+    for (name, a), b in zip(loaded.named_parameters(), right.model.parameters(), strict=True):
+        assert torch.equal(a, b), name
