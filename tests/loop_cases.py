@@ -86,22 +86,21 @@ def parts(kind):
 
 def trainer_of(kind, folder, chosen=None, peft_config=None, **changes):
     base, arguments, more, settings = parts(kind)
-    given = arguments(
-        output_dir=str(folder),
-        max_steps=STEPS,
-        per_device_train_batch_size=ROWS,
-        gradient_accumulation_steps=MICRO_BATCHES,
-        learning_rate=1e-3,
-        logging_steps=1,
-        report_to="none",
-        save_strategy="no",
-        use_cpu=True,
-        disable_tqdm=True,
-        seed=1,
-        optim="adamw_torch",
-        dataloader_pin_memory=False,
-        **{**settings, **changes},
-    )
+    usual = {
+        "max_steps": STEPS,
+        "per_device_train_batch_size": ROWS,
+        "gradient_accumulation_steps": MICRO_BATCHES,
+        "learning_rate": 1e-3,
+        "logging_steps": 1,
+        "report_to": "none",
+        "save_strategy": "no",
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "seed": 1,
+        "optim": "adamw_torch",
+        "dataloader_pin_memory": False,
+    }
+    given = arguments(output_dir=str(folder), **{**usual, **settings, **changes})
     model = tiny()
     if kind == "dpo" and peft_config is None:
         more["ref_model"] = copy.deepcopy(model)

@@ -3,11 +3,14 @@ trains without strategies, step by step, and every micro-batch through the strat
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 import torch
 from loop_cases import MICRO_BATCHES, STEPS, STRATEGIES, figures, tokenizer, trainer_of
 
 import strategies
+from strategies.recomputation import tape
 from strategies.streaming.sequence import ChunkedBatch
 
 pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing:FutureWarning")  # as TRL calls it
@@ -37,17 +40,21 @@ def plain(tmp_path_factory):
 
 
 @pytest.fixture
-def graphs(monkeypatch):
-    """How many chunks were run with a graph."""
-    noted = []
-    states = ChunkedBatch.states
+def runs(monkeypatch):
+    """How many chunks were run with a graph, and how many values were computed again."""
+    noted = Counter()
+    states, rebuild = ChunkedBatch.states, tape.rebuild
 
     def noting(*args, **kwargs):
-        if torch.is_grad_enabled():
-            noted.append(1)
+        noted["chunks"] += torch.is_grad_enabled()
         return states(*args, **kwargs)
 
+    def counting(wanted):
+        noted["again"] += 1
+        return rebuild(wanted)
+
     monkeypatch.setattr(ChunkedBatch, "states", noting)
+    monkeypatch.setattr(tape, "rebuild", counting)
     return noted
 
 
@@ -60,25 +67,16 @@ def layers(trainer):
     return [part for part in trainer.model.modules() if type(part).__name__ == "LlamaDecoderLayer"]
 
 
-def count_forwards(trainer):
-    """Of the layers' last norm."""
-    noted = []
-    for layer in layers(trainer):
-        layer.post_attention_layernorm.register_forward_pre_hook(lambda *_: noted.append(torch.is_grad_enabled()))
-    return noted
-
-
-def assert_went_through(trainer, name, graphs, forwards):
+def assert_went_through(trainer, name, runs):
     """Once a micro-batch, in chunks where there are chunks, and by nobody else's checkpoint."""
     if name in ("seco", "spaco", "twobp"):
         assert trainer.attached.carrier.backwards == ALL
         assert not trainer.args.gradient_checkpointing
-        assert len(graphs) == 0 if name == "twobp" else len(graphs) > 2 * ALL
+        assert runs["chunks"] == 0 if name == "twobp" else runs["chunks"] > 2 * ALL
     if name == "streambp":
         assert [layer._ebbtide_block.backwards for layer in layers(trainer)] == [ALL] * len(layers(trainer))
     if name == "recompute":
-        assert trainer.attached.accounts()["recompute"]
-        assert forwards.count(True) >= 2 * ALL * len(layers(trainer))
+        assert runs["again"] >= ALL * len(layers(trainer))
 
 
 def assert_same(trainer, right):
@@ -92,19 +90,18 @@ def assert_same(trainer, right):
 
 
 @pytest.mark.parametrize(("kind", "name"), CASES)
-def test_twenty_steps_are_the_trainers_own(tmp_path, plain, graphs, kind, name):
+def test_twenty_steps_are_the_trainers_own(tmp_path, plain, runs, kind, name):
     needs_trl(kind)
     trainer = trainer_of(kind, tmp_path, [strategies.get(name)(**STRATEGIES[name])])
-    forwards = count_forwards(trainer)
     trainer.train()
     assert_same(trainer, plain(kind))
-    assert_went_through(trainer, name, graphs, forwards)
+    assert_went_through(trainer, name, runs)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", ["seco", "streambp"])
-def test_with_adapters_that_the_trainer_puts_on(tmp_path, graphs, kind, name):
+def test_with_adapters_that_the_trainer_puts_on(tmp_path, runs, kind, name):
     """After the model was given to it, in TRL; the reference is then the model without them."""
     from peft import LoraConfig
 
@@ -115,12 +112,11 @@ def test_with_adapters_that_the_trainer_puts_on(tmp_path, graphs, kind, name):
         torch.manual_seed(5)
         adapters = LoraConfig(r=3, target_modules="all-linear", task_type="CAUSAL_LM")
         pair.append(trainer_of(kind, tmp_path, chosen, adapters, **more))
-    forwards = count_forwards(pair[1])
     for trainer in pair:
         trainer.train()
     right, trainer = pair
     assert_same(trainer, right)
-    assert_went_through(trainer, name, graphs, forwards)
+    assert_went_through(trainer, name, runs)
 
 
 @pytest.mark.slow
@@ -159,7 +155,7 @@ def test_generation_runs_as_it_is(tmp_path, monkeypatch):
     assert found.tolist() == model.generate(ids, attention_mask=torch.ones_like(ids), **settings).tolist()
 
 
-def test_evaluation_and_what_is_saved(tmp_path, graphs):
+def test_evaluation_and_what_is_saved(tmp_path, runs):
     from loop_cases import rows
     from transformers import AutoModelForCausalLM
 
@@ -167,7 +163,7 @@ def test_evaluation_and_what_is_saved(tmp_path, graphs):
     data = rows("trainer")
     assert trainer.evaluate(data)["eval_loss"] == pytest.approx(right.evaluate(data)["eval_loss"], rel=1e-6)
     assert trainer.predict(data).predictions == pytest.approx(right.predict(data).predictions, rel=1e-4, abs=1e-5)
-    assert not graphs
+    assert not runs["chunks"]
     trainer.save_model(str(tmp_path / "saved"))
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
     assert type(loaded).__name__ == "LlamaForCausalLM"
