@@ -83,7 +83,8 @@ def _inputs(name: str, named: dict[str, Any]) -> Batch:
         raise Refused(f"no input_ids with strategy {name}: it takes no embeddings in their place")
     if inputs.get("attention_mask", inputs["input_ids"]).ndim != 2:
         raise Refused(f"attention_mask of more than two dimensions with strategy {name}: give one entry a token")
-    if "position_ids" not in inputs and (bounds := sorted(BOUNDS.intersection(named))):
+    bounds = [key for key in sorted(BOUNDS) if _is_given(named.get(key))]
+    if bounds and "position_ids" not in inputs:
         raise Refused(f"{bounds[0]} without position_ids: pass those of packed documents too")
     return inputs
 

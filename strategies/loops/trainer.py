@@ -50,7 +50,12 @@ class TrainerMixin:
             self._window = ExitStack()
             context = Context(self.args.seed, self.state.global_step, 1.0, self.state.max_steps)
             self._window.enter_context(self.attached.running(context))
-        loss = super().training_step(*args, **kwargs)  # type: ignore[misc]
+        try:
+            loss = super().training_step(*args, **kwargs)  # type: ignore[misc]
+        except BaseException:
+            # What comes next is no part of this window.
+            self._window = None
+            raise
         if self.accelerator.sync_gradients:
             self._window.close()
             self._window = None

@@ -98,6 +98,8 @@ class PipelineStep:
         graph_BTD = output.last_hidden_state
 
         def backward(by_BTD: Tensor) -> None:
+            if not graph_BTD.requires_grad:
+                return
             with store, store.deferring(micro_batch):
                 torch.autograd.backward(graph_BTD, by_BTD)
             store.run(micro_batch)

@@ -98,7 +98,8 @@ class ChunkedStep:
                 for chunk in reversed(taken):
                     chunked.compensate(chunk)
                     states_BCD = chunked.states(chunk.index, writes=chunk is taken[-1]).last_hidden_state
-                    torch.autograd.backward(states_BCD, chunked.cut(by_BTD, chunk.index) * chunk.own)
+                    if states_BCD.requires_grad:
+                        torch.autograd.backward(states_BCD, chunked.cut(by_BTD, chunk.index) * chunk.own)
 
         return Halfway(type(outputs[-1])(last_hidden_state=hidden_BTD), backward)
 
