@@ -129,15 +129,20 @@ class Prepared:
             refuse_leaks(self.step, self.engine.module, name, vocabulary, batches[0])
             self._packing_seen = True
         context = context or self._context(batches)
-        model = causal_lm(self.model)
-        with ExitStack() as stack:
-            for strategy in self.strategies:
-                stack.enter_context(strategy.running(model, context))
+        with self.running(context):
             result = self.step(batches, context)
         if self._calls == 0:
             edits.assert_ran(causal_lm(self.model))
         self._calls += 1
         return result
+
+    @contextmanager
+    def running(self, context: Context) -> Iterator[None]:
+        """Around a step: what every strategy wants there."""
+        with ExitStack() as stack:
+            for strategy in self.strategies:
+                stack.enter_context(strategy.running(causal_lm(self.model), context))
+            yield
 
     def logprobs(self, micro_batches: Batches, context: Context | None = None) -> list[Tensor]:
         batches = _listed(micro_batches)

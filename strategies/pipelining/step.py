@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from distrib.contracts import Batch, Context, Result
 from distrib.engines.torch_engine import TorchEngine
@@ -19,6 +19,7 @@ from distrib.pipeline.executor import Links, run
 from distrib.pipeline.ops import Schedule
 from distrib.pipeline.record import Span, Timeline
 from strategies.core.edits import Elsewhere
+from strategies.core.halves import Halfway
 from strategies.core.objectives import Objective, learned
 from strategies.core.steps import Recorder
 from strategies.pipelining.partition import Partition
@@ -86,6 +87,25 @@ class PipelineStep:
                 logprobs_BT = torch.zeros(learned(batch).shape, dtype=torch.float64, device=batch["input_ids"].device)
             found.append(self._from_last(logprobs_BT.double()))
         return found
+
+    def rehearse(self, backbone: nn.Module) -> None:
+        """With one stage there is nothing to try."""
+
+    def halfway(self, forward: Callable[..., Any], inputs: Batch, context: Context, micro_batch: int) -> Halfway:
+        store = next(iter(self.parts.values())).store
+        with store:
+            output = forward(**inputs, use_cache=False, return_dict=True)
+        graph_BTD = output.last_hidden_state
+
+        def backward(by_BTD: Tensor) -> None:
+            if not graph_BTD.requires_grad:
+                return
+            with store, store.deferring(micro_batch):
+                torch.autograd.backward(graph_BTD, by_BTD)
+            store.run(micro_batch)
+            store.forget()
+
+        return Halfway(type(output)(last_hidden_state=graph_BTD.detach()), backward)
 
     def account(self) -> dict[str, Any]:
         """Of the latest step, if there was one."""

@@ -9,7 +9,7 @@ Shapes: B rows, T positions of the sequence, C of a chunk, n learned tokens.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
@@ -98,7 +98,7 @@ class ChunkedBatch:
 
     def __init__(
         self,
-        module: nn.Module,
+        module: Callable[..., Any],
         model: nn.Module,
         attention: str | None,
         batch: Batch,
@@ -136,7 +136,23 @@ class ChunkedBatch:
         return [bool((self.shift_labels_BT[:, start:stop] != IGNORE).any()) for start, stop in self.bounds]
 
     def run(self, index: int, objective: Any, weight: float, learn: bool = True, writes: bool = True) -> Tensor:
-        """The objective over a chunk's tokens, divided by `weight`; the same random numbers every time."""
+        """The objective over a chunk's tokens, divided by `weight`."""
+        labels_BC = self.cut(self.shift_labels_BT, index)
+        asked = {
+            "shift_labels": labels_BC if learn else torch.full_like(labels_BC, IGNORE),
+            "objective": Part(objective, self.batch, self.tokens.lengths_B, self.bounds, index),
+            "weight": weight,
+            "extras": MappingProxyType({}),
+        }
+        loss: Tensor = self._call(index, writes, asked).loss
+        return loss
+
+    def states(self, index: int, writes: bool = True) -> Any:
+        """What `module`, here the part below the head, gives of a chunk."""
+        return self._call(index, writes, {"return_dict": True})
+
+    def _call(self, index: int, writes: bool, asked: dict[str, Any]) -> Any:
+        """With the same random numbers every time."""
         start, stop = self.bounds[index]
         device = self.shift_labels_BT.device
         if index in self._random_states:
@@ -145,30 +161,24 @@ class ChunkedBatch:
             self._random_states[index] = random_state(device)
         self.cache.position.move(start, stop, writes)
         with using_attention(self.model, self.attention), documents(self.documents_BT):
-            loss: Tensor = self.module(**self._arguments(index, objective, weight, learn)).loss
+            output = self.module(**self._inputs(index), **asked)
         forget()
         if not torch.is_grad_enabled():
             # Weights that were cast without a graph would be used again with one.
             torch.clear_autocast_cache()
-        return loss
+        return output
 
-    def _arguments(self, index: int, objective: Any, weight: float, learn: bool) -> dict[str, Any]:
-        batch, (start, stop) = self.batch, self.bounds[index]
-        labels_BC = self.shift_labels_BT[:, start:stop]
-        passed = {
-            "input_ids": batch["input_ids"][:, start:stop],
-            "shift_labels": labels_BC if learn else torch.full_like(labels_BC, IGNORE),
-            "objective": Part(objective, batch, self.tokens.lengths_B, self.bounds, index),
-            "weight": weight,
-            "extras": MappingProxyType({}),
-            "past_key_values": self.cache,
-            "use_cache": True,
-        }
-        if "position_ids" in batch:
-            passed["position_ids"] = batch["position_ids"][:, start:stop]
+    def _inputs(self, index: int) -> dict[str, Any]:
+        batch = self.batch
+        passed: dict[str, Any] = {"past_key_values": self.cache, "use_cache": True}
+        passed |= {name: self.cut(batch[name], index) for name in ("input_ids", "position_ids") if name in batch}
         if "attention_mask" in batch:
-            passed["attention_mask"] = batch["attention_mask"][:, :stop]
+            passed["attention_mask"] = batch["attention_mask"][:, : self.bounds[index][1]]
         return passed
+
+    def cut(self, whole_BT: Tensor, index: int) -> Tensor:
+        start, stop = self.bounds[index]
+        return whole_BT[:, start:stop]
 
     def _stats(self, collected: Collected) -> tuple[Stats, dict[str, Tensor]]:
         """The statistics of the whole batch as leaves, and those by name."""

@@ -19,12 +19,14 @@ from torch import Tensor, nn
 
 from distrib.contracts import IGNORE, Batch, Context, Engine, Result
 from distrib.errors import Refused
+from strategies.core.halves import Halfway
 from strategies.core.objectives import Objective
 from strategies.core.prepare import causal_lm
 from strategies.core.steps import seeded
 from strategies.streaming.accumulate import rounded_once
 from strategies.streaming.backbone import find_layers
 from strategies.streaming.draws import Draw, Taken, everything
+from strategies.streaming.replay import Circumstances
 from strategies.streaming.sequence import ChunkedBatch, Collected
 from strategies.streaming.trial import try_model
 
@@ -77,8 +79,32 @@ class ChunkedStep:
             kept.append(found.values["logprob"].view(batch["input_ids"].shape[0], -1)[:, :width])
         return kept
 
-    def _chunked(self, batch: Batch) -> ChunkedBatch:
-        self._try()
+    def rehearse(self, backbone: nn.Module) -> None:
+        self._try(backbone)
+
+    def halfway(self, forward: Callable[..., Any], inputs: Batch, context: Context, micro_batch: int) -> Halfway:
+        ids_BT = inputs["input_ids"]
+        chunked = self._chunked({**inputs, "shift_labels": torch.full_like(ids_BT, IGNORE)}, forward)
+        circumstances = Circumstances.of(self.model, ids_BT.device)
+        with torch.no_grad():
+            outputs = [chunked.states(index) for index in range(len(chunked.bounds))]
+        hidden_BTD = torch.cat([output.last_hidden_state for output in outputs], 1)
+
+        def backward(by_BTD: Tensor) -> None:
+            # A loop's loss says in no other way which of its tokens are learned.
+            chunked.shift_labels_BT = torch.where(by_BTD.any(-1), 0, IGNORE)
+            taken = self.draw(len(chunked.bounds), self._must(chunked), context, micro_batch) or [Taken(0, own=0.0)]
+            with rounded_once(self.model), circumstances.restored(self.model), torch.enable_grad():
+                for chunk in reversed(taken):
+                    chunked.compensate(chunk)
+                    states_BCD = chunked.states(chunk.index, writes=chunk is taken[-1]).last_hidden_state
+                    if states_BCD.requires_grad:
+                        torch.autograd.backward(states_BCD, chunked.cut(by_BTD, chunk.index) * chunk.own)
+
+        return Halfway(type(outputs[-1])(last_hidden_state=hidden_BTD), backward)
+
+    def _chunked(self, batch: Batch, module: Callable[..., Any] | None = None) -> ChunkedBatch:
+        self._try(self.engine.module)
         if any(getattr(part, "gradient_checkpointing", False) and part.training for part in self.model.modules()):
             raise Refused("gradient checkpointing is on, which drops recorded keys and values: switch it off")
         length = batch["input_ids"].shape[1]
@@ -86,7 +112,7 @@ class ChunkedStep:
         batch = padded(batch, count)
         length = batch["input_ids"].shape[1]
         bounds = [(index * length // count, (index + 1) * length // count) for index in range(count)]
-        return ChunkedBatch(self.engine.module, self.model, self._attention, batch, bounds, self.offload)
+        return ChunkedBatch(module or self.engine.module, self.model, self._attention, batch, bounds, self.offload)
 
     def _most(self, count: int) -> int:
         """Over the ranks."""
@@ -147,12 +173,12 @@ class ChunkedStep:
             dist.all_reduce(wanted, op=dist.ReduceOp.MAX)
         return [bool(x) for x in wanted.tolist()]
 
-    def _try(self) -> None:
+    def _try(self, module: nn.Module) -> None:
         """Before the first batch: can this model be run so?"""
         if not self._tried:
             layers = [block for _, block in find_layers(self.model)]
             with torch.no_grad(), self.engine.micro_batch(last=False):
-                self._attention = try_model(self.engine.module, self.model, layers)
+                self._attention = try_model(module, self.model, layers)
             self._tried = True
 
 

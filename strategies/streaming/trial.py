@@ -192,7 +192,8 @@ def _held(named: dict[str, Any]) -> list[int]:
 def try_model(module: nn.Module, model: nn.Module, layers: list[nn.Module]) -> str | None:
     """The attention with which a whole model runs in chunks; Refused when a layer, or what is between them, cannot.
 
-    `module` is what an engine has around `model`: engines want to be entered from outside.
+    `module` is what an engine has around `model`, as engines want to be entered from outside; or the part of it below
+    the head.
     """
     backbone: Any = find_backbone(model, layers)
     found: list[str | None] = []
@@ -213,7 +214,8 @@ def try_model(module: nn.Module, model: nn.Module, layers: list[nn.Module]) -> s
     vars(backbone)["forward"] = forward
     try:
         with evaluating(module):
-            module(input_ids=ids_BT, shift_labels=torch.full_like(ids_BT, IGNORE), use_cache=False)
+            unlearned = {} if module is backbone else {"shift_labels": torch.full_like(ids_BT, IGNORE)}
+            module(input_ids=ids_BT, use_cache=False, **unlearned)
     finally:
         vars(backbone).pop("forward")
     return found[0]
