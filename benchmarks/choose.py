@@ -98,7 +98,7 @@ def figures(row: Row, first: Row) -> tuple[str, str, str, str]:
 
 def key(series: Sequence[svg.Series], rows: Sequence[Row]) -> Iterator[Html]:
     """A line a side: mark, name, figures."""
-    columns = (218, 274, svg.RIGHT)
+    columns = (246, 290, svg.RIGHT)
     for x, title in zip(columns, ("tokens/s", "memory", "peak"), strict=True):
         yield el("text", title, x=x, y=KEY + 4, text_anchor="end", class_="faint")
     for line, (one, row) in enumerate(zip(series, rows, strict=True), 1):

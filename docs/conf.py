@@ -27,7 +27,9 @@ include_patterns = ["docs/**", "*.md"]
 exclude_patterns = [path.name for path in ROOT.iterdir() if path.is_dir() and path.name != "docs"]
 myst_heading_anchors = 4
 nitpicky = True
+highlight_language = "none"
 html_theme = "furo"
+html_static_path = html_css_files = ["site.css"]
 html_copy_source = html_show_copyright = html_show_sphinx = False
 
 

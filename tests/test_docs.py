@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
 import runpy
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from functools import cache
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+import choose
 import pytest
 import torch
 from contract import reference
@@ -75,6 +77,16 @@ def _from_docs(page: Path) -> str:
 def test_blocks_are_of_languages_that_are_checked() -> None:
     known = {*SHELL, "yaml", "python", "text", "toml"}
     assert [block.where for block in blocks() if block.language not in known] == []
+
+
+def test_the_picture_of_the_choice_is_that_of_its_figures() -> None:
+    results = ROOT / "docs/results"
+    found = json.loads((results / "choose-cpu.json").read_text())
+    assert choose.picture(found) == (results / "choose-cpu.svg").read_text()
+    slower = [
+        {**row, "tokens_per_s": row["tokens_per_s"] * (0.5 if index else 1)} for index, row in enumerate(found["rows"])
+    ]
+    assert choose.picture({**found, "rows": slower}) != choose.picture(found)
 
 
 def of(language: str, but: str = "\n") -> object:

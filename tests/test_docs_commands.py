@@ -209,10 +209,6 @@ def test_a_costly_line_runs(
     run(words, command, capsys)
 
 
-def launched_alone(command: Command) -> bool:
-    return "--standalone" in command.words
-
-
 @of("torchrun", "accelerate", "srun")
 def test_a_launcher_understands_its_options(command: Command) -> None:
     """And `test_words_and_overrides_are_understood` has what it starts; tests/launch/test_launchers.py starts it."""
@@ -230,14 +226,15 @@ def test_a_launcher_understands_its_options(command: Command) -> None:
 
 @pytest.mark.slow
 def test_torchrun_starts_two_ranks_as_the_docs_say(here: Path) -> None:
-    lines = {str(c): c for c in ALL if kind(c) == "torchrun" and launched_alone(c)}
-    for command in lines.values():
-        words = re.sub(r"--nproc-per-node \d+", "--nproc-per-node 2", str(command)).split()
-        given = tiny([*ours(command.words), f"output_dir=runs/torchrun-{len(command.words)}"])  # type: ignore[misc]
-        start = [sys.executable, "-m", "torch.distributed.run", *words[1 : words.index("-m")], "-m", "launch"]
-        done = subprocess.run([*start, *given], cwd=here, capture_output=True, text=True, env=environment())
+    for command in {str(c): c for c in ALL if kind(c) == "torchrun" and "--standalone" in c.words}.values():
+        launcher = list(command.words[1 : command.words.index("-m")])
+        launcher[launcher.index("--nproc-per-node") + 1] = "2"
+        run_folder = here / f"torchrun-{len(launcher)}"
+        given = [*tiny(ours(command.words) or ()), f"output_dir={run_folder}", "global_batch_size=2"]
+        start = [sys.executable, "-m", "torch.distributed.run", *launcher, "-m", "launch", *given]
+        done = subprocess.run(start, cwd=here, capture_output=True, text=True, env=environment())
         assert done.returncode == 0, done.stderr
-        assert '"world": 2' in (here / given[-1 - len(TINY) - 1].partition("=")[2] / "report.json").read_text()
+        assert json.loads((run_folder / "report.json").read_text())["world"] == 2
 
 
 def environment() -> dict[str, str]:
