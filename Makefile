@@ -87,5 +87,5 @@ $(INSTALLED_LOW): pyproject.toml constraints-low.txt
 	$(PYTHON) -m venv .venv-low
 	.venv-low/bin/python -m pip install -qq --disable-pip-version-check --constraint constraints-low.txt setuptools ninja torch
 	.venv-low/bin/python -m pip install -qq --disable-pip-version-check --constraint constraints-low.txt \
-		--no-build-isolation --editable . pytest pytest-xdist
+		--no-build-isolation --editable . pytest pytest-xdist markdown-it-py
 	@touch $@

@@ -38,11 +38,7 @@ PLACEHOLDERS = {
 }  # fmt: skip
 MODEL = {"num_hidden_layers": 4, "hidden_size": 32, "intermediate_size": 48}
 TINY = ("dataset=rows.jsonl", "max_length=64", *(f"config_overrides.{key}={value}" for key, value in MODEL.items()))
-SHORTER = {
-    "train": ("max_steps=2",),
-    "plan": ("--strategies", "plain"),
-    "bench": ("--strategies", "plain", "--repeats", "1", "--steps", "1"),
-}
+SHORTER = {"train": ("max_steps=2",), "bench": ("--repeats", "1", "--steps", "1")}
 COSTLY = re.compile(r"nproc|^bench|--recorded")
 # Cheap arguments for those that tests/test_benchmarks.py does not run.
 BENCHMARKS = {
@@ -143,14 +139,17 @@ def here(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def tiny(words: Sequence[str]) -> list[str]:
-    """The words with a small model, little data and two ranks at most; options that are given stay."""
+    """The words with a small model, little data, two ranks at most, and short lengths; the strategies that they name."""
     words = [re.sub(r"^nproc=\d+", "nproc=2", word) for word in filled(words)]
     if words[0] not in cli.WITH_RECIPE or words[0] == "timeline" or "--schema" in words:
         return words
-    more = SHORTER.get(words[0], ())
-    if "--strategies" in words:
-        more = [word for word in more if word not in ("--strategies", "plain")]
-    return [*words, *TINY, *more]
+    more = [*TINY, *SHORTER.get(words[0], ())]
+    if words[0] in ("plan", "bench") and "--strategies" not in words:
+        more += ["--strategies", "plain"]
+    for flag, least in (("--lengths", "64"), ("--max-length", "16MiB")):
+        if flag in words:
+            words[words.index(flag) + 1] = least
+    return [*words, *more]
 
 
 def test_every_line_is_of_a_known_kind() -> None:
@@ -203,6 +202,7 @@ def test_a_costly_line_runs(
     """Two ranks, comparisons, and what goes on from them."""
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     if "--resume" in words:
+        words = (*words, "--output", "resumed")
         run(tuple(word for word in words if word != "--resume"), command, capsys)
     if "--recorded" in words:
         assert cli.main(["train", "recipes/tiny-pipeline.yaml", *TINY, "max_steps=2"]) == 0
