@@ -30,6 +30,7 @@ from doc_pages import ROOT, Command, blocks, commands, strategy_of_the_docs
 from distrib.errors import UserError
 from launch import cli
 from launch.recipe_file import load_recipe
+from launch.sides import sides_of, strategies_of
 from launch.words import OWN_FLAGS, VALUED_FLAGS, command_parser, split
 
 PLACEHOLDERS = {
@@ -139,7 +140,7 @@ def here(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def tiny(words: Sequence[str]) -> list[str]:
-    """The words with a small model, little data, two ranks at most, and short lengths; the strategies that they name."""
+    """The words with a small model, little data, short lengths, two ranks and two compared strategies at most."""
     words = [re.sub(r"^nproc=\d+", "nproc=2", word) for word in filled(words)]
     if words[0] not in cli.WITH_RECIPE or words[0] == "timeline" or "--schema" in words:
         return words
@@ -149,6 +150,9 @@ def tiny(words: Sequence[str]) -> list[str]:
     for flag, least in (("--lengths", "64"), ("--max-length", "16MiB")):
         if flag in words:
             words[words.index(flag) + 1] = least
+    if words[0] == "bench" and "--strategies" in words:
+        at = words.index("--strategies") + 1
+        words[at] = ",".join(words[at].split(",")[:2])
     return [*words, *more]
 
 
@@ -174,6 +178,8 @@ def test_words_and_overrides_are_understood(words: tuple[str, ...], command: Com
     arguments, overrides = apart(filled(words))
     if words[0] in ("train", "verify", "data", "bench", "timeline", "recipe") and arguments.recipe and not command.says:
         load_recipe(arguments.recipe, overrides)
+    for side in sides_of(getattr(arguments, "strategies", None) or "plain"):
+        strategies_of(side)
 
 
 def run(words: tuple[str, ...], command: Command, capsys: pytest.CaptureFixture[str]) -> None:
