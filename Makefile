@@ -6,6 +6,7 @@ PYTEST := -m pytest --numprocesses 2 --dist worksteal
 INSTALLED := .venv/installed
 INSTALLED_LOW := .venv-low/installed
 INSTALLED_AUDIT := .venv-audit/installed
+INSTALLED_DOCS := .venv-docs/installed
 LOCKS := docker/requirements-cpu.lock docker/requirements-cuda.lock
 LOCK := .venv-audit/bin/uv pip compile pyproject.toml --quiet --constraints constraints.txt --generate-hashes \
 	--no-annotate --no-emit-index-url --no-emit-find-links --custom-compile-command "make lock" \
@@ -14,7 +15,7 @@ LOCK := .venv-audit/bin/uv pip compile pyproject.toml --quiet --constraints cons
 TORCH_CPU := --torch-backend cpu
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test test-all test-low check audit sbom lock bench
+.PHONY: demo test test-all test-low check audit sbom lock bench docs
 
 demo: $(INSTALLED)
 	$(BIN)/ebbtide train recipes/tiny.yaml nproc=2
@@ -55,6 +56,13 @@ lock: $(INSTALLED_AUDIT)
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/loop.py
 
+# out/site, which asks no other host for anything; a warning fails
+docs: $(INSTALLED_DOCS)
+	@rm -rf out/site
+	.venv-docs/bin/sphinx-build --quiet --fail-on-warning --keep-going --conf-dir docs --doctree-dir out/doctrees . out/site
+	@.venv-docs/bin/python docs/asks.py out/site
+	@echo "written: out/site/index.html"
+
 # torch comes first and builds are not isolated: a build that wants torch must find this one, not fetch another
 $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("Ebbtide needs Python 3.11 or newer: make PYTHON=..." if sys.version_info < (3, 11) else 0)'
@@ -70,9 +78,14 @@ $(INSTALLED_AUDIT): constraints.txt
 		pip-audit cyclonedx-bom uv
 	@touch $@
 
+$(INSTALLED_DOCS): constraints.txt
+	@$(PYTHON) -m venv .venv-docs
+	@.venv-docs/bin/python -m pip install -qq --disable-pip-version-check --constraint constraints.txt sphinx furo myst-parser
+	@touch $@
+
 $(INSTALLED_LOW): pyproject.toml constraints-low.txt
 	$(PYTHON) -m venv .venv-low
 	.venv-low/bin/python -m pip install -qq --disable-pip-version-check --constraint constraints-low.txt setuptools ninja torch
 	.venv-low/bin/python -m pip install -qq --disable-pip-version-check --constraint constraints-low.txt \
-		--no-build-isolation --editable . pytest pytest-xdist
+		--no-build-isolation --editable . pytest pytest-xdist markdown-it-py
 	@touch $@

@@ -37,5 +37,5 @@ def test_the_constraints_lie_within_the_ranges() -> None:
     for name, requirement in allowed().items():
         assert pinned[name] in requirement.specifier, name
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    for requirement in map(Requirement, [*extras["dev"], *extras["trl"], *extras["audit"]]):
+    for requirement in map(Requirement, [*extras["dev"], *extras["trl"], *extras["audit"], *extras["docs"]]):
         assert pinned[requirement.name.lower()] in requirement.specifier, requirement.name

@@ -129,13 +129,13 @@ def plot(
     points = [point for one in series for point in one.points]
     to_x = Scale(x, [a for a, _ in points], LEFT, RIGHT)
     to_y = Scale(y, [b for _, b in points], BOTTOM, TOP)
-    drawn = [*_axes(x, to_x, y, to_y)]
+    drawn = [*axes(x, to_x, y, to_y)]
     for step, said in events:
         if to_x.low <= step <= to_x.high:
             drawn.append(el("path", el("title", said), d=f"M{to_x(step)} {TOP}V{BOTTOM}", class_="event"))
     if frontier:
-        drawn.append(el("path", d=_steps([(to_x(a), to_y(b)) for a, b in frontier]), class_="frontier"))
-    drawn += [_series(one, to_x, to_y, x, y) for one in series]
+        drawn.append(el("path", d=steps([(to_x(a), to_y(b)) for a, b in frontier]), class_="frontier"))
+    drawn += [drawn_series(one, to_x, to_y, x, y) for one in series]
     below = [_legend(series, bool(frontier))] if len(series) > 1 or frontier else []
     if figures:
         rows = [[Cell(s.name, s.name), Cell(x.show(a), a), Cell(y.show(b), b)] for s in series for a, b in s.points]
@@ -187,7 +187,7 @@ def _figure(key: str, title: str, description: str, height: int, drawn: Iterable
     return el("figure", el("figcaption", el("h3", title)), svg, *below)
 
 
-def _axes(x: Axis, to_x: Scale, y: Axis, to_y: Scale) -> Iterable[Html]:
+def axes(x: Axis, to_x: Scale, y: Axis, to_y: Scale) -> Iterable[Html]:
     for tick in to_y.ticks:
         yield el("path", d=f"M{LEFT} {to_y(tick)}H{RIGHT}", class_="grid")
         yield el("text", to_y.label(tick), x=LEFT - 5, y=to_y(tick) + 4, text_anchor="end", class_="faint")
@@ -199,7 +199,7 @@ def _axes(x: Axis, to_x: Scale, y: Axis, to_y: Scale) -> Iterable[Html]:
     yield el("text", x.label, x=RIGHT, y=BOTTOM + 32, text_anchor="end", class_="faint")
 
 
-def _series(series: Series, to_x: Scale, to_y: Scale, x: Axis, y: Axis) -> Html:
+def drawn_series(series: Series, to_x: Scale, to_y: Scale, x: Axis, y: Axis) -> Html:
     at = [(to_x(a), to_y(b)) for a, b in series.points]
     parts = []
     if series.line and len(at) > 1:
@@ -208,16 +208,16 @@ def _series(series: Series, to_x: Scale, to_y: Scale, x: Axis, y: Axis) -> Html:
     if series.marks or len(at) == 1:
         for (a, b), (value_x, value_y) in zip(at, series.points, strict=True):
             said = el("title", f"{series.name}: {x.label} {x.show(value_x)}, {y.label} {y.show(value_y)}")
-            parts.append(_mark(series, a, b, said))
+            parts.append(mark_at(series, a, b, said))
     return el("g", *parts, class_=series.colour)
 
 
-def _mark(series: Series, x: float, y: float, *inside: Html) -> Html:
+def mark_at(series: Series, x: float, y: float, *inside: Html) -> Html:
     shape = SHAPES[series.style % len(SHAPES)]
     return el("path", *inside, d=shape, transform=f"translate({x} {y})", class_="hollow" if series.hollow else "mark")
 
 
-def _steps(points: Sequence[Point]) -> str:
+def steps(points: Sequence[Point]) -> str:
     (x, y), *rest = points
     return f"M{x} {y}" + "".join(f"H{a}V{b}" for a, b in rest) + f"H{RIGHT}"
 
@@ -226,7 +226,7 @@ def _legend(series: Sequence[Series], frontier: bool) -> Html:
     entries = []
     for one in (one for one in series if not one.hollow):
         line = [el("path", d="M1 7H27", class_="line", stroke_dasharray=one.dash)] if one.line else []
-        mark = [_mark(one, 14, 7)] if one.marks else []
+        mark = [mark_at(one, 14, 7)] if one.marks else []
         entries.append((one.name, el("g", *line, *mark, class_=one.colour)))
     if frontier:
         entries.append(("efficient frontier", el("path", d="M1 7H27", class_="frontier")))
