@@ -84,7 +84,7 @@ def device_of(given: Mapping[str, str], ranks: int) -> Device:
     if "type" in given and given["type"] not in TYPES:
         raise choose("device.type", given["type"], TYPES)
     units = {"link": SIZES, "latency": TIMES, "node_link": SIZES, "node_latency": TIMES, "power": POWERS}
-    others = {
+    others: dict[str, Any] = {
         key: _number(f"device.{key}", given[key], known, WORDS[key]) for key, known in units.items() if key in given
     }
     if "memory" in given:

@@ -56,23 +56,40 @@ def _moment(topology: Topology) -> float:
     return perf_counter()
 
 
+class Layers:
+    """Two models of a few layers: what the deeper one takes more are its layers. `seconds` runs both once."""
+
+    def __init__(
+        self, recipe: Recipe, config: Any, side: str, regime: Regime, depths: Depths, device_type: str
+    ) -> None:
+        short, deep = (depths.short, depths.short + depths.period) if depths.times else (1, depths.full)
+        self.counts = sorted({short, deep})
+        self.depth = depths.full
+        configs = [shallow(config, depths.full, count) for count in self.counts]
+        self.runs = [_run(recipe, made, side, regime, device_type) for made in configs]
+        for run in self.runs:
+            run()
+
+    def seconds(self) -> list[tuple[float, float]]:
+        return [run() for run in self.runs]
+
+    def times(self, rounds: list[list[tuple[float, float]]]) -> LayerTimes:
+        """By the medians of several rounds of `seconds`."""
+        middle = [[median(one[place][way] for one in rounds) for way in (0, 1)] for place in range(len(self.counts))]
+        if len(middle) == 1:
+            forward, backward = (one / self.depth for one in middle[0])
+            return LayerTimes((forward, backward), (0.0, 0.0), len(rounds))
+        few, many = self.counts
+        forward, backward = (max(0.0, b - a) / (many - few) for a, b in zip(*middle, strict=True))
+        rest = [max(0.0, a - few * one) for a, one in zip(middle[0], (forward, backward), strict=True)]
+        return LayerTimes((forward, backward), (rest[0], rest[1]), len(rounds))
+
+
 def layer_times(recipe: Recipe, config: Any, side: str, regime: Regime, depths: Depths, device_type: str) -> LayerTimes:
-    """Two models of a few layers, in turn: what the deeper one takes more are its layers."""
-    short, deep = (depths.short, depths.short + depths.period) if depths.times else (1, depths.full)
-    layers = sorted({min(short, depths.full), deep})
-    runs = [_run(recipe, shallow(config, depths.full, count), side, regime, device_type) for count in layers]
-    rounds, start = [[run() for run in runs]], perf_counter()
-    rounds = [[run() for run in runs]]
+    layers, start = Layers(recipe, config, side, regime, depths, device_type), perf_counter()
+    rounds = [layers.seconds()]
     times = max(LEAST, min(MOST, int(BUDGET_S / (perf_counter() - start))))
-    rounds += [[run() for run in runs] for _ in range(times - 1)]
-    medians = [tuple(median(one[index][way] for one in rounds) for way in (0, 1)) for index in range(len(runs))]
-    less, more = medians[0], medians[-1]
-    if len(layers) == 1:
-        return LayerTimes((more[0] / deep, more[1] / deep), (0.0, 0.0), times)
-    count = layers[1] - layers[0]
-    layer = tuple(max(0.0, b - a) / count for a, b in zip(less, more, strict=True))
-    rest = tuple(max(0.0, a - layers[0] * one) for a, one in zip(less, layer, strict=True))
-    return LayerTimes((layer[0], layer[1]), (rest[0], rest[1]), times)
+    return layers.times(rounds + [layers.seconds() for _ in range(times - 1)])
 
 
 def _run(recipe: Recipe, config: Any, side: str, regime: Regime, device_type: str) -> Callable[[], tuple[float, float]]:

@@ -149,7 +149,7 @@ class Scale:
         joules = self.node.power and step_s and self.node.power * device.count * step_s
         return {
             "sent_bytes": sent_bytes(messages, self.links.gloo),
-            "messages": sum(message.count for message in messages),
+            "messages": sum(message.times for message in messages),
             "compute_s": time.compute_s,
             "exchange_s": time.exchange_s,
             "exposed_s": time.exposed_s,

@@ -68,7 +68,9 @@ def _show_pipeline(result: dict[str, Any]) -> None:
         "x 1 device",
         "tokens/s",
     ]
-    print_table([head, *(_pipeline_cells(row, pipeline["global_batch"], size) for row in rows if "ranks" in row)], left=2)
+    print_table(
+        [head, *(_pipeline_cells(row, pipeline["global_batch"], size) for row in rows if "ranks" in row)], left=2
+    )
     for row in result["rows"]:
         if "why" in row:
             print(f"{row['schedule']} is {row['status']}: {row['why']}")

@@ -39,7 +39,7 @@ class Message(NamedTuple):
     kind: str
     payload_bytes: int
     group: Group
-    count: int = 1
+    times: int = 1
 
 
 Messages = tuple[Message, ...]
@@ -70,7 +70,7 @@ class Script:
     def messages(self) -> Iterator[Message]:
         for one in self.passes:
             for turn in one.turns:
-                yield from (message._replace(count=message.count * one.times) for message in turn.before + turn.after)
+                yield from (message._replace(times=message.times * one.times) for message in turn.before + turn.after)
         yield from self.update
 
 
@@ -113,16 +113,12 @@ def parts_of(model: Any) -> list[Part]:
     """Of a whole model, in the order of a forward."""
     from distrib.units import blocks, ends
 
-    outer = ends(model)
-    if isinstance(outer[0], list):
-        (first,), last, role = outer, [], "tied"
-    else:
-        first, *last = ([end] for end in outer)
-        role = "embedding"
+    outer = [end if isinstance(end, list) else [end] for end in ends(model)]
     seen: set[int] = set()
     layers = [_part("layer", [block], seen) for _, block in blocks(model)]
-    before, after = _part(role, first, seen), [_part("head", modules, seen) for modules in last]
-    return [_part("root", [model], seen), before, *layers, *after]
+    first = _part("tied" if len(outer[0]) > 1 else "embedding", outer[0], seen)
+    after = [_part("head", modules, seen) for modules in outer[1:]]
+    return [_part("root", [model], seen), first, *layers, *after]
 
 
 def _part(role: str, modules: Sequence[nn.Module], seen: set[int]) -> Part:
@@ -152,8 +148,8 @@ def wire_bytes(kind: str, payload_bytes: float, ranks: int, gloo: bool = False) 
 def sent_bytes(messages: Iterable[Message], gloo: bool = False) -> dict[str, float]:
     """By class, of one rank and step."""
     found = dict.fromkeys(KINDS, 0.0)
-    for kind, payload, group, count in messages:
-        found[kind] += count * wire_bytes(kind, payload, group.ranks, gloo)
+    for kind, payload, group, times in messages:
+        found[kind] += times * wire_bytes(kind, payload, group.ranks, gloo)
     return found
 
 

@@ -27,7 +27,7 @@ class Links:
 
     def seconds(self, message: Message) -> float | None:
         """A ring that goes through node after node; an all-reduce over nodes is a tree where that is faster."""
-        kind, payload_bytes, (ranks, nodes, beside), count = message
+        kind, payload_bytes, (ranks, nodes, beside), times = message
         if ranks == 1:
             return 0.0
         inside, outside = ranks > nodes, nodes > 1
@@ -43,9 +43,9 @@ class Links:
         wire = wire_bytes(kind, payload_bytes, ranks, self.gloo)
         ring_s = hops(kind, ranks, self.gloo) * hop_s + wire / bytes_per_s
         if kind != "all_reduce" or not outside or self.gloo:
-            return count * ring_s
+            return times * ring_s
         deep_s = 2 * ((-(-ranks // nodes) - 1) * inner_s + math.ceil(math.log2(nodes)) * outer_s)
-        return count * min(ring_s, deep_s + 2 * payload_bytes / bytes_per_s)
+        return times * min(ring_s, deep_s + 2 * payload_bytes / bytes_per_s)
 
 
 def hops(kind: str, ranks: int, gloo: bool = False) -> int:
@@ -72,7 +72,7 @@ class Spent:
 
     @property
     def hidden_s(self) -> float | None:
-        return None if self.exchange_s is None or self.exposed_s is None else self.exchange_s - self.exposed_s
+        return None if self.exchange_s is None or self.exposed_s is None else max(0.0, self.exchange_s - self.exposed_s)
 
 
 def sum_s(messages: Iterable[Message], price: Price) -> float | None:

@@ -1,4 +1,4 @@
-"""What the tests of scaling run on every rank: two steps of a small model, of which the second is counted."""
+"""What the tests of scaling run on every rank: steps of a small model, of which the last is counted."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections import Counter
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 from wire import Wire
 
@@ -17,12 +18,12 @@ from launch.models import Weights, build, load_config
 from launch.recipe import Recipe
 from launch.settings import settings_of
 
-LENGTH = 16
 STEPS = 3
-"""DDP makes its buckets anew after the first one, ZeRO-3 learns the order of its parameters in two."""
+"""DDP makes its buckets anew after the first one, ZeRO-3 learns the order of its weights in two."""
+Seen = Counter[tuple[str, int, int]]
 
 
-def step(topology: Topology, recipe: Recipe) -> tuple[Counter[tuple[str, int, int]], dict[str, int]]:
+def step(topology: Topology, recipe: Recipe) -> tuple[Seen, dict[str, int]]:
     """The messages of a step, and the bytes of what lasts."""
     chosen = strategies.build([section.model_dump() for section in recipe.strategy])
     topology = strategies.staged(chosen, topology)
@@ -31,26 +32,26 @@ def step(topology: Topology, recipe: Recipe) -> tuple[Counter[tuple[str, int, in
     strategies.edit(model, chosen, topology)
     engine = make(recipe.engine.name, model, Weights(recipe, config, topology).fill, topology, settings_of(recipe))
     prepared = strategies.prepare(model, chosen, engine=engine)
-    ids = torch.arange(LENGTH)[None] % config.vocab_size
+    ids = torch.arange(recipe.max_length)[None] % config.vocab_size
     batches = [{"input_ids": ids, "labels": ids}] * recipe.gradient_accumulation_steps
     for index in range(STEPS):
         wire = Wire()
         with wire:
-            prepared(batches, Context(0, index, float(LENGTH * len(batches) * topology.data_world)))
+            prepared(batches, Context(0, index, float(ids.numel() * len(batches) * topology.data_world)))
             engine.step(1e-3, 1.0)
     return wire.seen, lasting(engine)
 
 
 def lasting(engine: Any) -> dict[str, int]:
-    """Of weights and the optimizer's states, on this rank."""
-    optimizer = engine.optimizer if engine.name != "zero" else engine.module.optimizer.optimizer
-    states = [
-        value for state in optimizer.state.values() for value in state.values() if isinstance(value, torch.Tensor)
-    ]
-    weights = [getattr(p, "ds_tensor", p) for p in engine.model.parameters()]
-    return {"weights": _bytes(weights), "optimizer": _bytes(states)}
+    """On this rank: the weights that the engine keeps in the products' precision, and the optimizer's states."""
+    optimizer = engine.module.optimizer.optimizer if engine.name == "zero" else engine.optimizer
+    states = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
+    return {
+        "weights": _bytes([getattr(parameter, "ds_tensor", parameter) for parameter in engine.model.parameters()]),
+        "optimizer": _bytes(states),
+    }
 
 
 def _bytes(tensors: list[Any]) -> int:
     local = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
-    return sum({tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in local}.values())
+    return sum(tensor.numel() * tensor.element_size() for tensor in local)
