@@ -80,7 +80,7 @@ class Planner:
         row: Row = {"strategy": side, "engine": label_of(engine), "world": self.device.count}
         row |= {"length": self.recipe.max_length, "fidelity": _fidelity(side)}
         try:
-            self.check(side, engine)
+            self._check(side, engine)
         except Refused as refusal:
             return row | {"status": "refused", "why": str(refusal)}
         if pipelined(sides.strategies_of(side), self.device.count):
@@ -102,7 +102,7 @@ class Planner:
             row |= {"flops": None, "tokens_per_s": None}
         return row
 
-    def check(self, side: str, engine: Engine) -> None:
+    def _check(self, side: str, engine: Engine) -> None:
         settings = settings_of(self.recipe.model_copy(update={"engine": engine}))
         check_engine(engine.name, settings, self.topology)
         chosen = sides.strategies_of(side)

@@ -15,6 +15,7 @@ from functools import cached_property
 from typing import Any
 
 from distrib.errors import Refused, UserError
+from distrib.pipeline.simulate import Costs
 from launch import sides
 from launch.device import Device
 from launch.forecast import Regime
@@ -28,7 +29,7 @@ from launch.recipe_file import global_batch
 from launch.scaling import Group, Message, Part, Script, ddp, fsdp2, parts_of, sent_bytes, together, zero
 from launch.scaling_pipeline import Pipeline, beside
 from launch.scaling_time import Computes, Link, Links, Spent, spent
-from launch.shares import SINGLE, regime_of, share_of
+from launch.shares import SINGLE, share_of
 from strategies.core.contract import overrides
 
 ENGINES = "ddp,fsdp2,zero1,zero2,zero3"
@@ -103,7 +104,7 @@ class Scale:
         """Every device has the whole of the model, or a share of all of it."""
         recipe, planner = self.recipe.model_copy(update={"engine": engine}), self.planner.on(device)
         if any(overrides(strategy, "step") for strategy in sides.strategies_of(side)):
-            raise Refused("its passes follow from its chunks, and what they exchange is not predicted")
+            raise Refused("its passes are its own, and what they exchange is not predicted")
         if engine.offload:
             raise Refused("engine.offload=true: what goes to host memory and back is not predicted; set it to false")
         rows = global_batch(recipe, device.count)
@@ -143,10 +144,11 @@ class Scale:
         tokens = rows * self.recipe.max_length
         each_s = self.update_s
         optimizer_s = None if each_s is None else each_s * updated
-        known = [time.compute_s, time.exposed_s, idle_s]
-        step_s = None if None in known else sum(one for one in known if one is not None) + (optimizer_s or 0.0)
+        step_s = None
+        if time.compute_s is not None and time.exposed_s is not None and idle_s is not None:
+            step_s = time.compute_s + time.exposed_s + idle_s + (optimizer_s or 0.0)
         alone_s = None if time.compute_s is None else time.compute_s + (each_s or 0.0) * self.planner.sizes.trainable
-        joules = self.node.power and step_s and self.node.power * device.count * step_s
+        joules = self.node.power * device.count * step_s if self.node.power and step_s else None
         return {
             "sent_bytes": sent_bytes(messages, self.links.gloo),
             "messages": sum(message.times for message in messages),
@@ -164,13 +166,13 @@ class Scale:
 
     def _pipelined(self, device: Device, side: str, engine: Engine) -> Row:
         found = Pipeline(self._planner(device, side, engine), self.node.count)
-        costs = found.timed(self.crowding)
-        sections = beside(sides.sections(side))
         if self.node.flops:
-            inner, recipe = sides.side_of(sections), self.recipe.model_copy(update={"engine": engine})
-            flops = self.planner.forecast(inner, regime_of(engine, recipe, 1)).flops(recipe.max_length)
-            costs = found.reckoned(self._by_rate(flops, self.node.flops))
-        spent, idle_s = found.spent(costs, self.links.seconds)
+            inner = sides.side_of(beside(sides.sections(side)))
+            flops = self.planner.forecast(inner, self._regime(engine)).flops(self.recipe.max_length)
+            costs: Costs | None = found.reckoned(self._by_rate(flops, self.node.flops))
+        else:
+            costs = found.timed(self.crowding)
+        time, idle_s = found.spent(costs, self.links.seconds)
         every = [sum(found.messages(rank), ()) for rank in range(found.planner.ranks)]
         busiest = max(every, key=lambda one: sum(sent_bytes(one, self.links.gloo).values()))
         total, rows = sum(found.peak.values()), found.planner.rows * found.planner.replicas
@@ -181,7 +183,7 @@ class Scale:
             "stages": {"count": found.planner.ranks, "across_nodes": found.neighbours.nodes > 1},
             "bytes": found.peak,
             "total_bytes": total,
-        } | self._figures(device, rows, busiest, spent, found.updated, idle_s)
+        } | self._figures(device, rows, busiest, time, found.updated, idle_s)
 
     def _planner(self, device: Device, side: str, engine: Engine) -> PipelinePlanner:
         key = (side, label_of(engine))
@@ -205,7 +207,7 @@ class Scale:
             return None if flops is None else self._by_rate(flops, self.node.flops)
         if not self.node.here:
             return None
-        regime = Regime(regime_of(engine, self.recipe, 1).cast)
+        regime = self._regime(engine)
         if (side, regime) not in self._times:
             planner, kind = self.planner, self.node.type
             self._times[side, regime] = layer_times(self.recipe, planner.config, side, regime, planner.depths, kind)
@@ -214,6 +216,9 @@ class Scale:
             "layer": (times.layer[0] * self.crowding, times.layer[1] * self.crowding),
             "head": (times.rest[0] * self.crowding, times.rest[1] * self.crowding),
         }
+
+    def _regime(self, engine: Engine) -> Regime:
+        return Regime(cast=self.recipe.bf16 and engine.name != "ddp")
 
     @cached_property
     def crowding(self) -> float:
