@@ -32,6 +32,15 @@ def units(model: nn.Module) -> list[tuple[str, nn.Module]]:
     return found
 
 
+def ends(model: nn.Module) -> list[nn.Module | list[nn.Module]]:
+    """Embedding and head, as one group when they share their weight."""
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()  # type: ignore[operator]
+    found = [end for end in (embedding, head) if end is not None and next(end.parameters(), None) is not None]
+    if len(found) == 2 and head.weight is embedding.weight:
+        return [[embedding, head]]
+    return found
+
+
 def _class_names(module: nn.Module) -> set[str]:
     return {cls.__name__ for cls in type(module).__mro__}
 

@@ -23,6 +23,7 @@ from launch.words import CHECKPOINT_ACTIONS, FLAGS, OWN_FLAGS, VALUED_FLAGS, com
 
 if TYPE_CHECKING:
     from distrib.topology import Topology
+    from launch.device import Device
     from launch.recipe import Recipe
 
 QUIET = {
@@ -271,6 +272,8 @@ def _plan(arguments: argparse.Namespace) -> int:
     from launch.plan_show import check_fit, show, write_fit
 
     device = device_of(words, recipe.nproc)
+    if arguments.nodes:
+        return _plan_nodes(arguments, recipe, device)
     if arguments.fit:
         check_fit(arguments.fit)
     with redirect_stdout(sys.stderr):
@@ -282,6 +285,21 @@ def _plan(arguments: argparse.Namespace) -> int:
     if arguments.fit:
         write_fit(arguments.fit, recipe, result)
         print(f"written: {arguments.fit}", file=sys.stderr)
+    return 0
+
+
+def _plan_nodes(arguments: argparse.Namespace, recipe: Recipe, device: Device) -> int:
+    if arguments.fit:
+        raise UserError(f"--fit {arguments.fit} with --nodes: it is for one number of devices; leave one of them out")
+    from launch.plan_scaling import plan_scaling
+    from launch.plan_scaling_show import show
+
+    with redirect_stdout(sys.stderr):
+        result = plan_scaling(recipe, device, arguments.nodes, arguments.strategies, arguments.engines)
+    if arguments.json:
+        _show(result, as_json=True)
+    else:
+        show(result)
     return 0
 
 

@@ -17,11 +17,17 @@ WORDS = {
     "flops": "device.flops=400T",
     "type": "device.type=cuda",
     "link": "device.link=25GB",
+    "latency": "device.latency=5us",
+    "node_link": "device.node_link=50GB",
+    "node_latency": "device.node_latency=15us",
+    "power": "device.power=700W",
 }
 TYPES = ("cuda", "cpu")
 SIZES = {"": 1, **{f"{x}B": 10 ** (3 * n) for n, x in enumerate(["", "K", "M", "G", "T"])}}
 SIZES |= {f"{x}iB": 2 ** (10 * n) for n, x in enumerate("KMGT", start=1)}
 RATES = {x: 10 ** (3 * n) for n, x in enumerate(["", "K", "M", "G", "T", "P"])}
+TIMES = {"s": 1.0, "ms": 1e-3, "us": 1e-6}
+POWERS = {"W": 1, "kW": 1000}
 RESERVED_SHARE = {"cuda": 0.05, "cpu": 0.0}
 RESERVED_BYTES = {"cuda": 2**30, "cpu": 2**29}
 """What a plan leaves free: an allocator's unused pieces; the driver's context and its libraries, or the interpreter."""
@@ -39,6 +45,13 @@ class Device:
     here: bool
     link: float | None = None
     """Bytes a second from one device to the next."""
+    latency: float | None = None
+    """Seconds that a message takes to it beside."""
+    node_link: float | None = None
+    """Bytes a second that a node sends to others."""
+    node_latency: float | None = None
+    power: float | None = None
+    """Watts of one device while it trains."""
 
     def as_dict(self) -> dict[str, Any]:
         """For a plan's reader."""
@@ -70,11 +83,14 @@ def device_of(given: Mapping[str, str], ranks: int) -> Device:
     flops = _number("device.flops", given["flops"], RATES, WORDS["flops"]) if "flops" in given else None
     if "type" in given and given["type"] not in TYPES:
         raise choose("device.type", given["type"], TYPES)
-    link = _number("device.link", given["link"], SIZES, WORDS["link"]) if "link" in given else None
+    units = {"link": SIZES, "latency": TIMES, "node_link": SIZES, "node_latency": TIMES, "power": POWERS}
+    others: dict[str, Any] = {
+        key: _number(f"device.{key}", given[key], known, WORDS[key]) for key, known in units.items() if key in given
+    }
     if "memory" in given:
         kind = given.get("type", "cuda")
-        return Device(kind, size_bytes("device.memory", given["memory"]), count, flops, here=False, link=link)
-    return replace(_of_this_machine(given.get("type"), count, flops), link=link)
+        return Device(kind, size_bytes("device.memory", given["memory"]), count, flops, False, **others)
+    return replace(_of_this_machine(given.get("type"), count, flops), **others)
 
 
 def _of_this_machine(kind: str | None, count: int, flops: float | None) -> Device:
@@ -106,7 +122,7 @@ def size_bytes(name: str, text: str) -> int:
     return int(_number(name, text, SIZES, "47.5GiB"))
 
 
-def _number(name: str, text: str, units: dict[str, int], example: str) -> float:
+def _number(name: str, text: str, units: Mapping[str, float], example: str) -> float:
     match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([A-Za-z]*)", text)
     if match is None or match[2] not in units or float(match[1]) == 0:
         known = ", ".join(unit for unit in units if unit)

@@ -13,6 +13,7 @@ import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
 from time import perf_counter
@@ -68,6 +69,13 @@ class Planner:
         self.topology = Topology(world=self.device.count, device_type=self.device.type)
         self._forecasts: dict[tuple[str, Regime], Forecast] = {}
 
+    def on(self, device: Device) -> Planner:
+        """The same for another number of the same devices, with what was traced so far."""
+        other = copy(self)
+        other.device = device
+        other.topology = Topology(world=device.count, device_type=device.type)
+        return other
+
     def row(self, side: str, engine: Engine) -> Row:
         row: Row = {"strategy": side, "engine": label_of(engine), "world": self.device.count}
         row |= {"length": self.recipe.max_length, "fidelity": _fidelity(side)}
@@ -84,7 +92,7 @@ class Planner:
             }
         regime = regime_of(engine, self.recipe, self.device.count)
         try:
-            forecast = self._forecast(side, regime)
+            forecast = self.forecast(side, regime)
         except Exception as error:
             return row | _failure(error)
         share = share_of(engine, self.recipe, self.sizes, self.spec, self.device.count, self.device.type)
@@ -107,7 +115,7 @@ class Planner:
             topology = strategies.staged(chosen, self.topology)
             refuse_size(recipe, self.config, chosen, recipe.per_device_train_batch_size, recipe.max_length, topology)
 
-    def _forecast(self, side: str, regime: Regime) -> Forecast:
+    def forecast(self, side: str, regime: Regime) -> Forecast:
         key = (side, regime)
         if key not in self._forecasts:
             made = Forecast(self.recipe, self.config, side, regime, self.depths, self.device.type)
@@ -207,7 +215,7 @@ def calibrate(recipe: Recipe, config: Any, layers: int, device_type: str) -> flo
 
 
 @contextmanager
-def _unheard(name: str) -> Iterator[None]:
+def unheard(name: str) -> Iterator[None]:
     log = logging.getLogger(name)
     log.disabled = True
     try:
@@ -217,7 +225,7 @@ def _unheard(name: str) -> Iterator[None]:
 
 
 # A model that does not run without data is a row that says so.
-@_unheard("torch._subclasses.fake_tensor")
+@unheard("torch._subclasses.fake_tensor")
 def plan(recipe: Recipe, device: Device, wanted: str | None = None, engines: str | None = None) -> dict[str, Any]:
     """Rows for every side and engine, and the recommendation."""
     from tqdm import tqdm
@@ -228,12 +236,12 @@ def plan(recipe: Recipe, device: Device, wanted: str | None = None, engines: str
     chosen = sides.sides_of(wanted) if wanted else default_sides(recipe)
     for side in chosen:
         sides.strategies_of(side)
-    kinds = _engines(recipe, engines)
+    kinds = engines_of(recipe, engines)
     if (alone := _pipeline(recipe, device, chosen, wanted)) is not None:
         if len(kinds) > 1:
             raise UserError(f"--engines {engines}: a pipeline is planned under one engine; give one")
         # What strategies say of every stage is too much.
-        with _unheard("ebbtide"):
+        with unheard("ebbtide"):
             return plan_pipeline(recipe.model_copy(update={"engine": kinds[0]}), device, alone)
     planner = Planner(recipe, device)
     if split := [kind for kind in kinds if kind.tensor_parallel > 1]:
@@ -290,7 +298,7 @@ def label_of(engine: Engine) -> str:
     return f"zero{engine.stage}" if engine.name == "zero" else engine.name
 
 
-def _engines(recipe: Recipe, text: str | None) -> list[Engine]:
+def engines_of(recipe: Recipe, text: str | None) -> list[Engine]:
     """By name: `zero` in the recipe's stage, or `zero1`, `zero2`, `zero3`."""
     if text is None:
         return [recipe.engine]

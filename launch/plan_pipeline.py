@@ -83,6 +83,13 @@ class PipelinePlanner:
         self._held: dict[Any, Held] = {}
         self._static: dict[Any, list[dict[str, int]]] = {}
 
+    def on(self, device: Device) -> PipelinePlanner:
+        """The same for another number of the same devices, with what was measured and counted so far."""
+        other = PipelinePlanner(self.recipe, device, self.chosen)
+        if other.ranks == self.ranks:
+            other._places, other._held = self._places, self._held
+        return other
+
     @cached_property
     def kinds(self) -> list[Any]:
         return kinds_of(self.model, self.config)
@@ -154,7 +161,7 @@ class PipelinePlanner:
                 "status": "unknown",
                 "why": "it follows from the stages' times, which are not known",
             }
-        peaks = [self._peak(rank, schedule, held, static[rank], rows) for rank in range(self.ranks)]
+        peaks = [self.peak(rank, schedule, held, static[rank], rows) for rank in range(self.ranks)]
         total = max(sum(peak.values()) for peak in peaks)
         return row | {
             "status": "fits" if total <= self.device.usable_bytes else "too large",
@@ -231,7 +238,7 @@ class PipelinePlanner:
         gradients = SINGLE * sum(p.numel() for p in trained)
         return {"weights": weights, "gradients": gradients, "optimizer": states, "update": temporary}
 
-    def _peak(
+    def peak(
         self, rank: int, schedule: Schedule, held: Sequence[Held], static: Mapping[str, int], rows: int
     ) -> dict[str, int]:
         """The classes at the moment at which the rank holds most, in its operations or in the update after them."""

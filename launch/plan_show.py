@@ -26,7 +26,7 @@ def show(result: dict[str, Any]) -> None:
     )
     head = ["strategy", "engine", *CLASSES, "total", "", "longest", "tokens/s"]
     lines = [head, *(_cells(row) for row in result["rows"] if "bytes" in row)]
-    _print(lines, left=2)
+    print_table(lines, left=2)
     for row in result["rows"]:
         if "why" in row:
             print(f"{row['strategy']} ({row['engine']}) is {row['status']}: {row['why']}")
@@ -37,7 +37,7 @@ def show(result: dict[str, Any]) -> None:
     print(f"recommended: {chosen}{advice['reason']}")
 
 
-def _print(lines: list[list[str]], left: int) -> None:
+def print_table(lines: list[list[str]], left: int) -> None:
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     for line in lines:
         cells = [cell.ljust(width) for cell, width in zip(line[:left], widths[:left], strict=True)]
@@ -68,7 +68,9 @@ def _show_pipeline(result: dict[str, Any]) -> None:
         "x 1 device",
         "tokens/s",
     ]
-    _print([head, *(_pipeline_cells(row, pipeline["global_batch"], size) for row in rows if "ranks" in row)], left=2)
+    print_table(
+        [head, *(_pipeline_cells(row, pipeline["global_batch"], size) for row in rows if "ranks" in row)], left=2
+    )
     for row in result["rows"]:
         if "why" in row:
             print(f"{row['schedule']} is {row['status']}: {row['why']}")

@@ -136,7 +136,10 @@ def share_of(engine: Engine, recipe: Recipe, sizes: Sizes, spec: OptimizerSpec, 
     match engine.name:
         case "ddp":
             optimizer = optimizer_bytes(spec, sizes.shapes, device_type)
-            return Share(sizes.weight_bytes, *optimizer, as_run=True, all_gradients=SINGLE * sizes.trainable)
+            whole = SINGLE * sizes.trainable
+            # What accumulates lies beside the buckets until it is copied into them.
+            beside = whole if world > 1 and accumulates(recipe, world) else 0
+            return Share(sizes.weight_bytes, *optimizer, as_run=True, gradients=beside, all_gradients=whole)
         case "fsdp2":
             return _fsdp2(recipe, sizes, spec, world, device_type)
     return _zero(engine, recipe, sizes, spec, world, device_type)

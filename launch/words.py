@@ -21,7 +21,7 @@ CHECKPOINT_ACTIONS = ("verify", "list", "repair")
 VALUED_FLAGS = {
     "data": ("--count",),
     "verify": ("--length",),
-    "plan": ("--strategies", "--engines", "--fit"),
+    "plan": ("--strategies", "--engines", "--fit", "--nodes"),
     "timeline": ("--schedule", "--micro-batches", "--stages", "--costs", "--recorded", "--output"),
     "bench": ("--strategies", "--lengths", "--repeats", "--steps", "--max-length", "--output"),
 }
@@ -59,6 +59,7 @@ def command_parser() -> Parser:
     plan.add_argument("--strategies", metavar="A,B", help="rows to plan, as plain,streambp:chunk=1024,gc+ce")
     plan.add_argument("--engines", metavar="A,B", help="of ddp, fsdp2, zero1, zero2, zero3 (the recipe's)")
     plan.add_argument("--fit", type=Path, metavar="FILE", help="write the recipe with what is recommended")
+    plan.add_argument("--nodes", metavar="N,M", help="step times, traffic and energy on so many nodes of nproc devices")
     timeline = command("timeline", "a pipeline's schedule as a picture, simulated or as a run recorded it", OVERRIDES)
     timeline.add_argument("--schedule", metavar="A,B", help="names or files (the recipe's); see docs/timeline.md")
     timeline.add_argument("--micro-batches", type=int, metavar="M", help="(the recipe's gradient_accumulation_steps)")

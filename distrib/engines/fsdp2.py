@@ -19,7 +19,7 @@ from distrib.engines import Fill
 from distrib.engines.tensor_parallel import TensorParallel
 from distrib.engines.torch_engine import TorchEngine
 from distrib.topology import ensure_group
-from distrib.units import blocks, units
+from distrib.units import blocks, ends, units
 
 
 class FSDP2(TorchEngine):
@@ -39,7 +39,7 @@ class FSDP2(TorchEngine):
             self._mesh = mesh["data"]
         self._parallel = TensorParallel(self.model, mesh["tensor"]) if "tensor" in sizes else None
         names = {name for name, _ in blocks(self.model)}
-        ends = _ends(self.model)
+        outer = ends(self.model)
         for name, unit in units(self.model):
             fill(self.model, name)
             unit.to(self.topology.device)
@@ -47,7 +47,7 @@ class FSDP2(TorchEngine):
                 if self._parallel:
                     self._parallel.split(name, unit)
                 self._shard(unit)
-        for end in ends:
+        for end in outer:
             self._shard(end)
         self._shard(self.model)
         for buffer_owner in self.model.modules():
@@ -118,12 +118,3 @@ def _groups(model: nn.Module) -> Iterator[Any]:
         yield from filter(
             None, getattr(state, "_fsdp_param_groups", None) or [getattr(state, "_fsdp_param_group", None)]
         )
-
-
-def _ends(model: nn.Module) -> list[nn.Module | list[nn.Module]]:
-    """Embedding and head, as one group when they share their weight."""
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()  # type: ignore[operator]
-    ends = [end for end in (embedding, head) if end is not None and next(end.parameters(), None) is not None]
-    if len(ends) == 2 and head.weight is embedding.weight:
-        return [[embedding, head]]
-    return ends

@@ -47,7 +47,7 @@ def test_a_rank_holds_what_a_real_run_of_its_operations_does(rank: int, changes:
     held = found.held(parts, 1)
     static = {"weights": 0, "gradients": 0, "optimizer": 0, "update": 0}
     mail = 2 * found.border_bytes(1)
-    predicted = sum(found._peak(rank, schedule, held, static, 1).values()) - mail
+    predicted = sum(found.peak(rank, schedule, held, static, 1).values()) - mail
 
     part = found.workshop.ready(parts, rank, found.border, 1, "cpu")
     part.begin(found.workshop.run(found.border, 1, 128, 4))
