@@ -238,7 +238,9 @@ def plan(recipe: Recipe, device: Device, wanted: str | None = None, engines: str
     planner = Planner(recipe, device)
     for key in ("tensor_parallel", "context_parallel"):
         if split := [ranks for kind in kinds if (ranks := getattr(kind, key)) > 1]:
-            raise Refused(f"engine.{key}={split[0]}: a plan does not count what is split over ranks; set engine.{key}=1")
+            raise Refused(
+                f"engine.{key}={split[0]}: a plan does not count what is split over ranks; set engine.{key}=1"
+            )
     cases = [(side, engine) for side in chosen for engine in kinds]
     rows = [planner.row(*case) for case in tqdm(cases, desc="plan", unit="row", leave=False, file=sys.stderr)]
     best = recommend(rows, recipe)

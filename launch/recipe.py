@@ -108,7 +108,7 @@ class Engine(Section):
     tensor_parallel: Annotated[int, Field(ge=1), BeforeValidator(_whole)] = 1
     """`fsdp2` only: ranks that share each layer's weights and each sequence; such groups are data-parallel."""
     context_parallel: Annotated[int, Field(ge=1), BeforeValidator(_whole)] = 1
-    """`ddp` and `fsdp2`: ranks that share each sequence, for lengths beyond one device; such groups are data-parallel."""
+    """`ddp` and `fsdp2`: ranks that share each sequence, for long ones; such groups are data-parallel."""
 
     @model_validator(mode="after")
     def _fits(self) -> Engine:

@@ -18,8 +18,8 @@ from functools import cache
 from math import gcd
 from typing import Any
 
-import torch
 import torch.distributed as dist
+import torch.distributed._functional_collectives as funcol
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
@@ -40,7 +40,7 @@ class Stripes:
     def of(cls, topology: Topology) -> Stripes:
         """Every rank calls it."""
         if topology.context == 1:
-            return cls()
+            return ALONE
         return cls(topology.context, topology.part, _group(dist.group.WORLD, topology.context))
 
     def take(self, whole_BT: Tensor) -> Tensor:
@@ -71,6 +71,9 @@ class Stripes:
         total = value.detach().clone()
         dist.all_reduce(total, group=self.group)
         return total
+
+
+ALONE = Stripes()
 
 
 @cache
@@ -110,6 +113,5 @@ def _to_positions(whole_BHTD: Tensor, stripes: Stripes) -> Tensor:
 
 
 def _received(sent: Tensor, stripes: Stripes) -> Tensor:
-    received = torch.empty_like(sent)
-    dist.all_to_all_single(received, sent, group=stripes.group)
-    return received
+    # As an operator with a result, which whoever runs operators again can follow.
+    return funcol.wait_tensor(funcol.all_to_all_single(sent, None, None, stripes.group))

@@ -77,8 +77,7 @@ class Collected:
 
 
 class Part:
-    """An objective over the tokens that a rank has of a chunk, positions [start, stop) of its own, in terms of the whole
-    batch.
+    """An objective over a rank's tokens of a chunk, positions [start, stop) of its own, in terms of the whole batch.
 
     No dataclass: engines copy those on the way into a model, and round what is in them to the weights' precision.
     """

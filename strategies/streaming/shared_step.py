@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from types import MappingProxyType
 from typing import Any
 
@@ -34,10 +35,9 @@ class SharedStep:
         for index, batch in enumerate(micro_batches):
             share = Share(batch, self.engine.stripes)
             last = index == len(micro_batches) - 1
-            with seeded(context, self.engine, index), self.engine.micro_batch(last), within(share.spread):
-                with using_attention(self.model, self._attention):
-                    loss = self._forward(share, kind(self.objective, share, 0, share.length), context.weight)
-                    self.engine.backward(loss)
+            with seeded(context, self.engine, index), self.engine.micro_batch(last), self._sharing(share):
+                loss = self._forward(share, kind(self.objective, share, 0, share.length), context.weight)
+                self.engine.backward(loss)
             losses.append(loss.detach())
             tokens += batch["input_ids"].numel() // self.engine.stripes.ranks
         total = torch.stack(losses).sum()
@@ -50,12 +50,21 @@ class SharedStep:
         for index, batch in enumerate(micro_batches):
             share = Share(batch, self.engine.stripes)
             collected = Collected(share.whole["input_ids"].numel(), frozenset())
-            with torch.no_grad(), seeded(context, self.engine, index), self.engine.micro_batch(last=False):
-                with within(share.spread), using_attention(self.model, self._attention):
-                    self._forward(share, Part(collected, share, 0, share.length), 1.0)
+            with self._unlearned(context, index), self._sharing(share):
+                self._forward(share, Part(collected, share, 0, share.length), 1.0)
             rows, width = batch["input_ids"].shape
             kept.append(collected.over_ranks(self.engine.stripes).values["logprob"].view(rows, -1)[:, :width])
         return kept
+
+    @contextmanager
+    def _unlearned(self, context: Context, index: int) -> Iterator[None]:
+        with torch.no_grad(), seeded(context, self.engine, index), self.engine.micro_batch(last=False):
+            yield
+
+    @contextmanager
+    def _sharing(self, share: Share) -> Iterator[None]:
+        with within(share.spread), using_attention(self.model, self._attention):
+            yield
 
     def _forward(self, share: Share, objective: Part, weight: float) -> Tensor:
         passed: dict[str, Any] = {**share.inputs, "shift_labels": share.labels_BS, "objective": objective}

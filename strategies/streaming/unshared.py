@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distrib.contracts import IGNORE, Batch, Context, Engine, Step
+from distrib.contracts import Batch, Context, Engine, Step
 from distrib.errors import Refused
 from distrib.topology import Topology
 
@@ -21,7 +21,7 @@ def refusal(ranks: int, why: str) -> Refused:
 
 
 def not_shared(model: Any, ranks: int) -> Refused:
-    return refusal(ranks, f"layers of {type(model).__name__} exchange tokens elsewhere than in attention that is shared")
+    return refusal(ranks, f"in {type(model).__name__} tokens meet elsewhere than in attention that ranks can share")
 
 
 def check(config: Any, topology: Topology) -> None:
@@ -55,7 +55,8 @@ def _is_served(config: Any) -> bool:
 
 def refuse_unlike(step: Step, engine: Engine, model: Any) -> None:
     """Refused where a few tokens have other log-probabilities in parts than on one rank; every rank calls it."""
-    ids_BT = (torch.arange(2 * _LENGTH, device=engine.topology.device).view(2, _LENGTH) * 7 + 1) % model.config.vocab_size
+    number_BT = torch.arange(2 * _LENGTH, device=engine.topology.device).view(2, _LENGTH)
+    ids_BT = (number_BT * 7 + 1) % model.config.vocab_size
     batch: Batch = {"input_ids": ids_BT, "labels": ids_BT}
     modes = [(part, part.training) for part in engine.module.modules()]
     engine.module.eval()

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from transformers.masking_utils import causal_mask_function, packed_sequence_compatibility_function, sdpa_mask
 
-from distrib.engines.context_parallel import Stripes
+from distrib.engines.context_parallel import ALONE, Stripes
 from distrib.errors import Refused
 
 MaskFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -205,7 +205,7 @@ class Spread:
     each document. `padding_BT` is that of whole sequences, where a rank has `stripes` of them.
     """
 
-    stripes: Stripes = Stripes()
+    stripes: Stripes = ALONE
     documents_BT: Tensor | None = None
     padding_BT: Tensor | None = None
 
