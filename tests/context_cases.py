@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 from unittest import mock
@@ -24,8 +25,10 @@ from distrib.errors import Refused
 from distrib.topology import Topology
 from distrib.units import blocks
 from launch import sides
+from strategies.core import prepare
 from strategies.core.steps import seeded
 from strategies.streaming import share, unshared
+from strategies.streaming.share import Share
 
 LENGTH = 512
 
@@ -78,14 +81,21 @@ def drawn(topology: Topology) -> Tensor:
 BROKEN: dict[str, tuple[Any, str, Callable[..., Any]]] = {
     "gradients of one rank alone": (DDP, "micro_batch", lambda self, last: self.module.no_sync()),
     "stretches instead of stripes": (Stripes, "take", lambda self, whole: whole.chunk(self.ranks, 1)[self.rank]),
-    "the same positions": (torch, "arange", lambda count, **_: torch.zeros(count, dtype=torch.long)),
+    "positions of a rank": (Share, "_inputs", lambda self: {name: self.whole[name] for name in ("input_ids",)}),
     "documents that see each other": (share, "document_ids", lambda _: None),
-    "no exchange back": (context_parallel, "_to_positions", context_parallel._to_heads),
+    "no exchange back": (context_parallel, "_received", lambda sent, stripes: sent),
 }
 """What is in the place of what."""
 
 
-def broken(topology: Topology, case: Case, mistake: str) -> Found:
-    where, name, wrong = BROKEN[mistake]
-    with mock.patch.object(where, name, wrong):
-        return streaming_cases.run(topology, case)
+def broken(topology: Topology, case: Case, mistake: str, looked_at: bool = False) -> Found | str:
+    """What comes of it, or why it is refused where someone looks."""
+    looks = () if looked_at else ((unshared, "refuse_unlike"), (prepare, "refuse_leaks"))
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.object(*BROKEN[mistake]))
+        for where, name in looks:
+            stack.enter_context(mock.patch.object(where, name))
+        try:
+            return streaming_cases.run(topology, case)
+        except Refused as error:
+            return str(error)

@@ -79,7 +79,7 @@ ALONE = Stripes()
 @cache
 def _group(world: Any, ranks: int) -> Any:
     """Not the world's own, even where it has the same ranks: what gradients do there may come in between."""
-    group, _ = dist.new_subgroups(ranks)
+    group, _ = dist.new_subgroups(ranks)  # type: ignore[no-untyped-call]
     return group
 
 
@@ -101,17 +101,20 @@ def _exchange(tensor: Tensor, stripes: Stripes, to_heads: bool) -> Tensor:
 
 def _to_heads(part_BHCD: Tensor, stripes: Stripes) -> Tensor:
     rows, _, count, size = part_BHCD.shape
-    sent = part_BHCD.unflatten(1, (stripes.ranks, -1)).movedim(1, 0).contiguous()
+    sent = part_BHCD.reshape(rows, stripes.ranks, -1, count, size).movedim(1, 0).contiguous()
     # [N, B, H/N, C, D]: of position n of each rank, one after the other.
     return _received(sent, stripes).movedim(0, 3).reshape(rows, -1, count * stripes.ranks, size)
 
 
 def _to_positions(whole_BHTD: Tensor, stripes: Stripes) -> Tensor:
-    rows, _, count, size = whole_BHTD.shape
-    sent = whole_BHTD.unflatten(2, (-1, stripes.ranks)).movedim(3, 0).contiguous()
+    rows, heads, count, size = whole_BHTD.shape
+    sent = whole_BHTD.reshape(rows, heads, -1, stripes.ranks, size).movedim(3, 0).contiguous()
     return _received(sent, stripes).movedim(0, 1).reshape(rows, -1, count // stripes.ranks, size)
 
 
 def _received(sent: Tensor, stripes: Stripes) -> Tensor:
     # As an operator with a result, which whoever runs operators again can follow.
-    return funcol.wait_tensor(funcol.all_to_all_single(sent, None, None, stripes.group))
+    received: Tensor = funcol.wait_tensor(  # type: ignore[no-untyped-call]
+        funcol.all_to_all_single(sent, None, None, stripes.group)
+    )
+    return received

@@ -3,6 +3,8 @@ before the first step by what they compute."""
 
 from __future__ import annotations
 
+import inspect
+from math import gcd
 from typing import Any
 
 import torch
@@ -27,8 +29,7 @@ def not_shared(model: Any, ranks: int) -> Refused:
 def check(config: Any, topology: Topology) -> None:
     """Refuse a model whose positions meet elsewhere than in attention that goes through Transformers' interface."""
     ranks, kind = topology.context, f"model type {config.model_type!r}"
-    heads = getattr(config, "num_attention_heads", None)
-    if isinstance(heads, int) and heads % ranks:
+    if (heads := _heads(config)) % ranks:
         fits = ", ".join(str(count) for count in range(1, heads + 1) if heads % count == 0)
         raise Refused(f"engine.context_parallel={ranks} does not divide the model's {heads} heads: choose {fits}")
     if others := sorted(set(getattr(config, "layer_types", None) or ()) - KINDS):
@@ -39,9 +40,13 @@ def check(config: Any, topology: Topology) -> None:
         raise refusal(ranks, f"attention of {kind} does not go through Transformers' interface")
 
 
-def _is_served(config: Any) -> bool:
-    import inspect
+def _heads(config: Any) -> int:
+    """What divides the numbers of heads of all its layers; 0 if it has none."""
+    found = [value for name, value in vars(config).items() if name.endswith("num_attention_heads")]
+    return gcd(*(value for value in (*found, getattr(config, "num_attention_heads", 0)) if isinstance(value, int)))
 
+
+def _is_served(config: Any) -> bool:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
     model: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
@@ -74,7 +79,7 @@ def refuse_unlike(step: Step, engine: Engine, model: Any) -> None:
 
 
 def _alone(engine: Engine, ids_BT: Tensor) -> Tensor:
-    """[B, T], by the model's own attention and logits."""
+    """[B, T], by whole sequences on this rank."""
     with torch.no_grad(), engine.micro_batch(last=False):
         logits_BTV = engine.module(input_ids=ids_BT, use_cache=False, return_dict=True).logits[:, :-1]
     logprob_BTV = logits_BTV.to(torch.promote_types(logits_BTV.dtype, torch.float32)).log_softmax(-1)

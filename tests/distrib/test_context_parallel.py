@@ -109,6 +109,12 @@ def test_a_mistake_would_be_noticed(two_ranks: Ranks, mistake: str) -> None:
     assert differences(found[0].gradients, wanted.gradients)[0] > 1e3 * precision("ddp")[1]
 
 
+def test_positions_that_are_not_told_are_refused_before_the_first_step(two_ranks: Ranks) -> None:
+    asked = case("ddp", "plain", [BATCHES[3:4]], context_parallel=2)
+    for said in two_ranks("context_cases:broken", asked, "positions of a rank", True):
+        assert "other log-probabilities where ranks share a sequence" in said
+
+
 def test_a_rank_keeps_half(two_ranks: Ranks) -> None:
     from context_cases import kept_bytes
 
