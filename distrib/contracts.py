@@ -25,6 +25,7 @@ from distrib.topology import Topology
 
 if TYPE_CHECKING:
     from distrib.engines import Settings
+    from distrib.engines.context_parallel import Stripes
 
 Batch = dict[str, Tensor]
 IGNORE = -100
@@ -98,6 +99,8 @@ class Engine(Protocol):
     name: str
     topology: Topology
     settings: Settings
+    stripes: Stripes
+    """Which positions of its sequences this rank has."""
     module: nn.Module
     """What a step calls. The names of the model's own parameters are those of `model`."""
     model: nn.Module

@@ -374,7 +374,8 @@ class Loop:
             everyone = [mine]
         stop, written = any(row[4] > 0 for row in everyone), all(row[5] > 0 for row in everyone)
         # One of those that have the same rows.
-        rows = torch.stack(everyone[: self.topology.world // self.topology.stages : self.topology.tensor])
+        beside = self.topology.tensor * self.topology.context
+        rows = torch.stack(everyone[: self.topology.world // self.topology.stages : beside])
         weight, tokens, nonpad, learned = rows[:, :4].sum(0).tolist()
         ids = [int(number) for number in rows[:, 6:].flatten().tolist() if number >= 0]
         return Totals(weight, int(tokens), int(nonpad), int(learned), stop, written, ids)

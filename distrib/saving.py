@@ -52,7 +52,7 @@ class CopyBuffer:
         while data:
             index, begin = divmod(self._used_bytes, CHUNK_BYTES)
             if index == len(self._chunks):
-                self._chunks.append(memoryview(np.empty(CHUNK_BYTES, np.uint8)))
+                self._chunks.append(np.empty(CHUNK_BYTES, np.uint8).data)
             part = self._chunks[index][begin : begin + len(data)]
             part[:] = data[: len(part)]
             parts.append(part)

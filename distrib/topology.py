@@ -33,7 +33,7 @@ SIOCGIFADDR = 0x8915
 class Topology:
     """`tensor` adjacent ranks hold a model's layers together and see the same rows. `stages` ranks hold its layers one
     after the other and see the same rows as well; the ranks of one stage are adjacent. Together they are one of
-    `data_world` replicas."""
+    `data_world` replicas. `context` adjacent ranks see the same rows too, each a part of every sequence."""
 
     rank: int = 0
     world: int = 1
@@ -42,10 +42,11 @@ class Topology:
     device_type: str = "cpu"
     tensor: int = 1
     stages: int = 1
+    context: int = 1
 
     @property
     def data_rank(self) -> int:
-        return self.rank // self.tensor % self.data_world
+        return self.rank // (self.tensor * self.context) % self.data_world
 
     @property
     def data_world(self) -> int:
@@ -54,7 +55,12 @@ class Topology:
     @property
     def copies(self) -> int:
         """Ranks that see the same rows."""
-        return self.tensor * self.stages
+        return self.tensor * self.stages * self.context
+
+    @property
+    def part(self) -> int:
+        """Which part of every sequence this rank has."""
+        return self.rank % self.context
 
     @property
     def stage(self) -> int:

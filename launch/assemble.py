@@ -54,7 +54,7 @@ class Parts:
             from launch.dry import refuse_size
 
             lines, length = data.longest(recipe.per_device_train_batch_size)["input_ids"].shape
-            refuse_size(recipe, config, chosen, lines, length, topology)
+            refuse_size(recipe, config, chosen, lines, -(-length // topology.context), topology)
         return cls(recipe, topology, config, chosen, objective, tokenizer, data, rows)
 
     def model(
@@ -87,9 +87,11 @@ def checked(recipe: Recipe, topology: Topology) -> tuple[Topology, Any, list[str
     """The ranks as the recipe lays them out, the model's configuration and the strategies: what cannot be without
     weights or data is refused."""
     chosen = strategies.build([section.model_dump() for section in recipe.strategy])
-    topology = strategies.staged(chosen, replace(topology, tensor=recipe.engine.tensor_parallel))
+    engine = recipe.engine
+    topology = replace(topology, tensor=engine.tensor_parallel, context=engine.context_parallel)
+    topology = strategies.staged(chosen, topology)
     config = load_config(recipe)
-    check_engine(recipe.engine.name, settings_of(recipe), topology)
+    check_engine(engine.name, settings_of(recipe), topology)
     if topology.tensor > 1:
         tensor_parallel.check(config, topology)
     strategies.check(chosen, config, topology, recipe.compile)

@@ -146,7 +146,7 @@ def _with_equal_rows(recipe: Recipe, topology: Topology) -> Recipe:
     """A side whose ranks see the same rows takes as many in a step as the others do."""
     from launch.recipe_file import global_batch
 
-    rows = global_batch(recipe, topology.world // recipe.engine.tensor_parallel)
+    rows = global_batch(recipe, topology.world // recipe.engine.copies)
     return recipe.model_copy(update={"global_batch_size": rows, "gradient_accumulation_steps": 1})
 
 

@@ -244,11 +244,11 @@ def plan(recipe: Recipe, device: Device, wanted: str | None = None, engines: str
         with unheard("ebbtide"):
             return plan_pipeline(recipe.model_copy(update={"engine": kinds[0]}), device, alone)
     planner = Planner(recipe, device)
-    if split := [kind for kind in kinds if kind.tensor_parallel > 1]:
-        raise Refused(
-            f"engine.tensor_parallel={split[0].tensor_parallel}: a plan does not count what is split over ranks; set "
-            "engine.tensor_parallel=1"
-        )
+    for key in ("tensor_parallel", "context_parallel"):
+        if split := [ranks for kind in kinds if (ranks := getattr(kind, key)) > 1]:
+            raise Refused(
+                f"engine.{key}={split[0]}: a plan does not count what is split over ranks; set engine.{key}=1"
+            )
     cases = [(side, engine) for side in chosen for engine in kinds]
     rows = [planner.row(*case) for case in tqdm(cases, desc="plan", unit="row", leave=False, file=sys.stderr)]
     best = recommend(rows, recipe)

@@ -66,8 +66,13 @@ class PipelinePlanner:
         if recipe.objective.name != "sft":
             raise Refused(f"objective={recipe.objective.name}: a plan counts sft only; set objective=sft")
         self.ranks = max(strategy.pipeline(world) for strategy in self.chosen)
-        tensor = recipe.engine.tensor_parallel
-        self.topology = Topology(world=world, device_type=self.device.type, tensor=tensor, stages=self.ranks)
+        self.topology = Topology(
+            world=world,
+            device_type=self.device.type,
+            tensor=recipe.engine.tensor_parallel,
+            stages=self.ranks,
+            context=recipe.engine.context_parallel,
+        )
         strategies.check(self.chosen, self.config, self.topology, recipe.compile)
         settings = settings_of(recipe)
         check_engine(recipe.engine.name, settings, self.topology)

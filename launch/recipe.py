@@ -107,6 +107,8 @@ class Engine(Section):
     """`zero` only: keeps the optimizer in the host's memory."""
     tensor_parallel: Annotated[int, Field(ge=1), BeforeValidator(_whole)] = 1
     """`fsdp2` only: ranks that share each layer's weights and each sequence; such groups are data-parallel."""
+    context_parallel: Annotated[int, Field(ge=1), BeforeValidator(_whole)] = 1
+    """`ddp` and `fsdp2`: ranks that share each sequence, for long ones; such groups are data-parallel."""
 
     @model_validator(mode="after")
     def _fits(self) -> Engine:
@@ -114,6 +116,11 @@ class Engine(Section):
             if key in self.model_fields_set and self.name != owner:
                 raise Refused(f"engine.{key} is a key of {owner}, not of {self.name}: set engine.name={owner}")
         return self
+
+    @property
+    def copies(self) -> int:
+        """Ranks that see the same rows, in one stage."""
+        return self.tensor_parallel * self.context_parallel
 
 
 class Strategy(BaseModel):

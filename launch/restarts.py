@@ -73,12 +73,12 @@ def newest_step(run: Path) -> int:
 def _fits(recipe: Recipe, nproc: int) -> bool:
     from launch.recipe_file import global_batch
 
-    tensor = recipe.engine.tensor_parallel
+    copies = recipe.engine.copies
     try:
-        global_batch(recipe, nproc // tensor)
+        global_batch(recipe, nproc // copies)
     except UserError:
         return False
-    return nproc % tensor == 0
+    return nproc % copies == 0
 
 
 def failure(environment: Mapping[str, str]) -> tuple[str, float] | None:

@@ -14,7 +14,7 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from distrib.errors import UserError
+from distrib.errors import Refused, UserError
 from launch.strict_yaml import parse
 
 if TYPE_CHECKING:
@@ -94,6 +94,8 @@ def edit(side: str, model: nn.Module, topology: Topology | None = None) -> None:
     """The side's changes to a model that is not sharded yet."""
     import strategies
 
+    if side in WHOLE_LOGITS and topology and topology.context > 1:
+        raise Refused(f"engine.context_parallel={topology.context} with {side}: its logits are of whole sequences")
     if side in BASELINES and side != "hf":
         inner: Any = model
         # The name before Transformers 5.2x is the second one.

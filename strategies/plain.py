@@ -14,3 +14,4 @@ class Plain(Strategy):
     """
 
     tensor_parallel = True
+    context_parallel = True

@@ -33,6 +33,7 @@ class Recompute(Strategy):
 
     compiles = False
     tensor_parallel = True
+    context_parallel = True
     policy: str | list[str] | dict[str, str | list[str]] = field(default_factory=lambda: ["norms", "activations"])
     every: int = 1
     budget: float | str | None = None

@@ -23,6 +23,7 @@ class SeCO(Strategy):
     """
 
     compiles = False
+    context_parallel = True
     chunk: int = 1024
     offload: bool = False
 

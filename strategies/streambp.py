@@ -25,6 +25,7 @@ class StreamBP(Strategy):
     """
 
     compiles = False
+    context_parallel = True
     chunk: int | Literal["auto"] = "auto"
     offload: bool = False
 

@@ -32,14 +32,14 @@ def differences(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> tuple[fl
     return float((errors / norms).max()), float(errors.norm() / norms.norm())
 
 
-def same(found: list[Found], loss: Tensor, gradients: dict[str, Tensor], engine: str) -> None:
-    """Every rank has the gradients, and the ranks' losses add up."""
+def same(found: list[Found], loss: Tensor, gradients: dict[str, Tensor], engine: str, copies: int = 1) -> None:
+    """Every rank has the gradients, and the losses of ranks with other rows add up."""
     _, worst, overall = precision(engine)
     for one in found:
         by_worst, by_all = differences(one.gradients, gradients)
         assert by_worst < worst
         assert by_all < overall
-    total = sum(float(one.loss) for one in found)
+    total = sum(float(one.loss) for one in found[::copies])
     assert abs(total - float(loss)) < max(overall, 1e-12) * abs(float(loss))
 
 
@@ -47,14 +47,16 @@ def case(engine: str, strategy: str, per_rank: list[list[Batch]], **changes: Any
     model = {name: changes.pop(name) for name in ("lora_r", "config_overrides", "bf16") if name in changes}
     dtype = changes.pop("dtype", precision(engine)[0])
     weight = changes.pop("weight", None) or learned(per_rank)
-    return Case(recipe(engine=ENGINES[engine], **model), dtype, per_rank, weight, strategy, **changes)
+    section = ENGINES[engine] | {"context_parallel": changes.pop("context_parallel", 1)}
+    return Case(recipe(engine=section, **model), dtype, per_rank, weight, strategy, **changes)
 
 
 def is_exact(two_ranks: Ranks, asked: Case, engine: str, loss: reference.Loss = reference.sft) -> None:
     found = two_ranks("streaming_cases:run", asked)
     wanted = truth(asked, loss)
-    same(found, wanted.loss, wanted.gradients, engine)
-    logprobs = [x for one in found for x in one.logprobs]
+    copies = asked.recipe.engine.copies
+    same(found, wanted.loss, wanted.gradients, engine, copies)
+    logprobs = [x for one in found[::copies] for x in one.logprobs]
     for one, right in zip(logprobs, wanted.logprobs, strict=True):
         assert one.shape == right.shape
         assert (one - right).abs().max() <= precision(engine)[1] * max(float(right.abs().max()), 1)

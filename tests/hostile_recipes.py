@@ -53,6 +53,7 @@ SECTIONS = [
     ("engine: {name: [zero]}", "engine.name"),
     ("engine: {name: zero, offload: 1}", "engine.offload"),
     ("engine: {name: fsdp2, tensor_parallel: 0}", "engine.tensor_parallel"),
+    ("engine: {name: ddp, context_parallel: 0}", "engine.context_parallel"),
     ("engine: null", "engine"),
     ("objective: {name: dpo, clip: 1}", "objective.clip"),
     ("objective: {name: grpo, beta: -1}", "objective.beta"),

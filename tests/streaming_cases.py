@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -31,7 +31,7 @@ def recipe(**changes: Any) -> Recipe:
 
 @dataclass(frozen=True)
 class Case:
-    """One global batch: the micro-batches of every rank, and how they are run."""
+    """One global batch: the micro-batches of every data-parallel rank, and how they are run."""
 
     recipe: Recipe
     dtype: torch.dtype | None
@@ -63,9 +63,10 @@ def prepared(topology: Topology, case: Case) -> tuple[Engine, strategies.Prepare
 
 def run(topology: Topology, case: Case) -> Found:
     """One step over the micro-batches of this rank, and their log-probabilities."""
+    topology = replace(topology, context=case.recipe.engine.context_parallel)
     engine, step = prepared(topology, case)
     context = Context(seed=0, step=case.step, weight=case.weight)
-    share = case.per_rank[topology.rank]
+    share = case.per_rank[topology.data_rank]
     result = step(share, context)
     gradients = gathered(engine)
     return Found(result.loss, gradients, step.logprobs(share, context))

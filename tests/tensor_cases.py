@@ -59,6 +59,13 @@ def plain_gradients(family: str) -> dict[str, Tensor]:
     return {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in model.named_parameters()}
 
 
+def worst(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+    """Relative to each gradient, or to a thousandth of the largest, since some are 0 but for rounding."""
+    assert found.keys() == expected.keys()
+    floor = 1e-3 * max(float(gradient.norm()) for gradient in expected.values())
+    return max(float((found[n] - expected[n]).norm()) / max(float(expected[n].norm()), floor) for n in expected)
+
+
 def of_family(topology: Topology, family: str, side: str = "plain") -> dict[str, Tensor] | str:
     """Or why it is refused."""
     topology = replace(topology, tensor=topology.world)

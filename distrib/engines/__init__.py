@@ -51,6 +51,8 @@ def check(name: str, settings: Settings, topology: Topology) -> None:
         _check_tensor(name, settings, topology)
     if topology.stages > 1:
         _check_stages(name, topology)
+    if topology.context > 1:
+        _check_context(name, settings, topology)
     if settings.compile and name == "zero":
         raise Refused("compile=true with engine.name='zero': choose ddp or fsdp2, or compile=false")
     if settings.compile:
@@ -80,6 +82,20 @@ def _check_stages(name: str, topology: Topology) -> None:
         raise Refused(f"{asked} with engine.tensor_parallel={topology.tensor}: set engine.tensor_parallel=1")
     if topology.world % topology.stages:
         raise Refused(f"{asked} with a world of {topology.world}: start a multiple of {topology.stages} ranks")
+
+
+def _check_context(name: str, settings: Settings, topology: Topology) -> None:
+    asked = f"engine.context_parallel={topology.context}"
+    if name == "zero":
+        raise Refused(f"{asked} with engine.name='zero': choose ddp or fsdp2")
+    if topology.tensor > 1:
+        raise Refused(f"{asked} with engine.tensor_parallel={topology.tensor}: set one of them to 1")
+    if topology.stages > 1:
+        raise Refused(f"{asked} with a pipeline of {topology.stages} stages: set engine.context_parallel=1")
+    if topology.world % topology.context:
+        raise Refused(f"{asked} with a world of {topology.world}: start a multiple of {topology.context} ranks")
+    if settings.compile:
+        raise Refused(f"compile=true with {asked}: set compile=false")
 
 
 def _check_compiler(device_type: str) -> None:

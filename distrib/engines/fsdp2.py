@@ -29,7 +29,8 @@ class FSDP2(TorchEngine):
     def _place(self, fill: Fill) -> nn.Module:
         ensure_group(self.topology)
         self._frozen = any(not parameter.requires_grad for parameter in self.model.parameters())
-        sizes = {"data": self.topology.data_world}
+        # Ranks with other parts of a sequence have other gradients, as those with other rows do.
+        sizes = {"data": self.topology.data_world * self.topology.context}
         if self.topology.tensor > 1:
             sizes["tensor"] = self.topology.tensor
         if self.staged:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
 
 from distrib.engines import Fill, Settings
+from distrib.engines.context_parallel import Stripes
 from distrib.engines.staged import Staged, Tied
 from distrib.errors import NotFinite, UserError
 from distrib.topology import Topology
@@ -34,6 +35,7 @@ class TorchEngine:
         self.model = model
         self.topology = topology
         self.settings = settings
+        self.stripes = Stripes.of(topology)
         self.staged = Staged(topology) if topology.stages > 1 else None
         self.module = self._place(fill)
         self._tied = Tied(model, topology) if self.staged else None

@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from distrib.engines import Fill, Settings
+from distrib.engines.context_parallel import ALONE
 from distrib.engines.storage import only_data, unsummed
 from distrib.errors import NotFinite, Refused
 from distrib.topology import Topology, ensure_group
@@ -36,6 +37,7 @@ count of steps, no more and no less."""
 
 class Zero:
     name = "zero"
+    stripes = ALONE
 
     def __init__(self, model: nn.Module, fill: Fill, topology: Topology, settings: Settings) -> None:
         ensure_group(topology)

@@ -48,6 +48,8 @@ class Strategy:
     """Whether it is right with blocks that torch.compile compiled."""
     tensor_parallel: ClassVar[bool] = False
     """Whether it is right in blocks of which each rank computes a part, with a part of the sequence between them."""
+    context_parallel: ClassVar[bool] = False
+    """Whether it is right where each rank has some positions of every sequence."""
 
     @property
     def noise(self) -> float:

@@ -115,11 +115,12 @@ class Prepared:
         supplied = [step for strategy in strategies if (step := strategy.step(model, engine, objective)) is not None]
         self.model = model
         self.strategies = strategies
-        self.step: Step = supplied[0] if supplied else PlainStep(engine, objective)
+        self.step: Step = supplied[0] if supplied else _default(model, engine, objective)
         self.engine = engine
         self.objective = objective
         self._calls = 0
         self._packing_seen = False
+        self._sharing_seen = engine.topology.context == 1
 
     def __call__(self, micro_batches: Batches, context: Context | None = None) -> Result:
         batches = _listed(micro_batches)
@@ -128,6 +129,11 @@ class Prepared:
             name, vocabulary = type(inner).__name__, inner.config.vocab_size
             refuse_leaks(self.step, self.engine.module, name, vocabulary, batches[0])
             self._packing_seen = True
+        if not self._sharing_seen:
+            from strategies.streaming.unshared import refuse_unlike
+
+            refuse_unlike(self.step, self.engine, causal_lm(self.model))
+            self._sharing_seen = True
         context = context or self._context(batches)
         with self.running(context):
             result = self.step(batches, context)
@@ -201,6 +207,14 @@ class Prepared:
         if weight == 0:
             raise UserError("no loss tokens: every label of the global batch is -100")
         return Context(torch.initial_seed(), self._calls, weight)
+
+
+def _default(model: nn.Module, engine: Engine, objective: Objective) -> Step:
+    if engine.topology.context == 1:
+        return PlainStep(engine, objective)
+    from strategies.streaming.shared_step import SharedStep
+
+    return SharedStep(model, engine, objective)
 
 
 def _listed(micro_batches: Batches) -> Sequence[Batch]:

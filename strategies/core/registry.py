@@ -133,10 +133,14 @@ def check(strategies: Sequence[Strategy], config: Any, topology: Topology, compi
     for strategy in strategies:
         if compile and not strategy.compiles:
             raise Refused(f"compile=true with strategy {name_of(strategy)}: set compile=false")
-        if topology.tensor > 1 and not strategy.tensor_parallel:
-            able = ", ".join(name for name in names() if get(name).tensor_parallel)
-            raise Refused(
-                f"engine.tensor_parallel={topology.tensor} with strategy {name_of(strategy)}: choose {able}, or set "
-                "engine.tensor_parallel=1"
-            )
+        for key, ranks in (("tensor_parallel", topology.tensor), ("context_parallel", topology.context)):
+            if ranks > 1 and not getattr(strategy, key):
+                able = ", ".join(name for name in names() if getattr(get(name), key))
+                raise Refused(
+                    f"engine.{key}={ranks} with strategy {name_of(strategy)}: choose {able}, or set engine.{key}=1"
+                )
         strategy.check(config, topology)
+    if topology.context > 1:
+        from strategies.streaming import unshared
+
+        unshared.check(config, topology)

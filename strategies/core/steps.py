@@ -59,12 +59,14 @@ def arguments(batch: Batch, objective: Objective, weight: float) -> dict[str, An
 
 @contextmanager
 def seeded(context: Context, engine: Engine, index: int, stage: int = 0) -> Iterator[None]:
-    """Randomness from (seed, step, data-parallel rank, micro-batch, stage) alone; the caller's own is as before after.
+    """Randomness from (seed, step, data-parallel rank, micro-batch, stage or part of the sequences) alone; the caller's
+    own is as before after.
 
     The preflight's step is -1.
     """
     topology = engine.topology
-    entropy = [context.seed % 2**63, context.step + 1, topology.data_rank, index, *([stage] if stage else [])]
+    place = stage or topology.part
+    entropy = [context.seed % 2**63, context.step + 1, topology.data_rank, index, *([place] if place else [])]
     devices = [topology.device] if topology.device_type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(int(numpy.random.SeedSequence(entropy).generate_state(1, numpy.uint64)[0]))

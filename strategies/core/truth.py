@@ -36,7 +36,8 @@ def true_gradients(
             with seeded(context, engine, index), engine.micro_batch(last):
                 loss = _objective(engine, objective, batch) / context.weight
                 if backward:
-                    engine.backward(loss)
+                    # All ranks that share these sequences run the whole of them.
+                    engine.backward(loss / engine.topology.context)
             losses.append(loss.detach())
     return torch.stack(losses).sum()
 

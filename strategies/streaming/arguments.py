@@ -133,7 +133,7 @@ def chunk_arguments(
         if isinstance(value, Slot):
             return value
         if isinstance(value, Rows):
-            rows = value.narrow(start, stop)
+            rows = value.of_chunk(start, stop)
             return rows.dense(dtype) if layout.dense else rows
         if path not in layout.cuts:
             raise Unstreamable(f"a layer's argument {path[0]!r} was not there in its trial: not supported in chunks")

@@ -22,7 +22,8 @@ from transformers.masking_utils import AttentionMaskInterface
 from distrib.errors import Refused
 from strategies.streaming.kernels import Scores, choose, unseen
 from strategies.streaming.store import Chunk, handed_over
-from strategies.streaming.visibility import Rows, causal_rows, visible_rows
+from strategies.streaming.unshared import not_shared
+from strategies.streaming.visibility import Rows, causal_rows, stripes, visible_rows
 
 NAME = "ebbtide"
 _NOT_CARRIED = ("position_bias", "indices", "block_indices", "sinks")
@@ -52,17 +53,29 @@ def attention(
     for name in _NOT_CARRIED:
         if others.get(name) is not None:
             raise Refused(f"{type(module).__name__} passes {name} to its attention: not supported in chunks")
-    chunk = handed_over(key, value)
+    chunk, shared = handed_over(key, value), stripes()
+    if chunk is None:
+        _refuse_unshared(module, query, key, attention_mask, shared.ranks)
+        key, value = shared.keys(key), shared.keys(value)
+    query, s_aux = shared.queries(query), None if s_aux is None else shared.own_heads(s_aux)
     scores = Scores(query.shape[-1] ** -0.5 if scaling is None else scaling, softcap)
     mask = _causal(module, query, key, is_causal) if attention_mask is None else attention_mask
     if isinstance(mask, Tensor) or (dropout and module.training):
-        return weighted(query, key, value, mask, scores, s_aux, dropout if module.training else 0.0), None
+        drop = dropout if module.training else 0.0
+        return shared.outputs(weighted(query, key, value, mask, scores, s_aux, drop)), None
     if (mask.stop - mask.start, mask.stop) != (query.shape[2], key.shape[2]):
         raise Refused(
             f"{type(module).__name__}: {query.shape[2]} queries and {key.shape[2]} keys under a mask of positions "
             f"{mask.start}..{mask.stop - 1}: not supported in chunks"
         )
-    return attend(query, key, value, mask, scores, s_aux, chunk), None
+    return shared.outputs(attend(query, key, value, mask, scores, s_aux, chunk)), None
+
+
+def _refuse_unshared(module: nn.Module, query: Tensor, key: Tensor, mask: object, ranks: int) -> None:
+    """Keys that come from a cache have been exchanged, whatever else was done to them; a mask of the model's own has
+    this rank's positions alone."""
+    if ranks > 1 and (key.shape[2] != query.shape[2] or isinstance(mask, Tensor)):
+        raise not_shared(module, ranks)
 
 
 def _causal(module: nn.Module, query: Tensor, key: Tensor, is_causal: bool | None) -> Rows:

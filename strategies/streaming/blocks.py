@@ -26,6 +26,8 @@ from strategies.streaming.layer import LayerRun, split
 from strategies.streaming.offload import Away, Shelf
 from strategies.streaming.replay import Circumstances
 from strategies.streaming.trial import try_layers
+from strategies.streaming.unshared import not_shared
+from strategies.streaming.visibility import Spread, stripes, within
 
 
 @dataclass
@@ -66,10 +68,10 @@ AUTO_POSITIONS = {"cpu": 1024, "cuda": 4096}
 
 
 def chunk_of(chunk: int | None, hidden_BTD: Tensor) -> int:
-    """Positions of a chunk: as given, or as many as keep products fast and a chunk's activations small."""
-    if chunk is not None:
-        return chunk
-    return max(128, AUTO_POSITIONS[hidden_BTD.device.type] // hidden_BTD.shape[0])
+    """A rank's positions of a chunk: as given, or as many as keep products fast and a chunk's activations small."""
+    if chunk is None:
+        chunk = max(128, AUTO_POSITIONS[hidden_BTD.device.type] // hidden_BTD.shape[0])
+    return -(-chunk // stripes().ranks)
 
 
 class StreamedBackbone:
@@ -91,7 +93,12 @@ class StreamedBackbone:
         if "use_cache" in inspect.signature(original_class(self).forward).parameters:
             kwargs["use_cache"] = False
         if not streaming.tried:
-            try_streaming(self, streaming)
+            ranks = stripes().ranks
+            # Each rank tries the layers alone.
+            with within(Spread()):
+                try_streaming(self, streaming)
+            if ranks > 1:
+                refuse_unshared(self, streaming, ranks)
         with streaming.on(self):
             return forward(*args, **kwargs)
 
@@ -116,6 +123,14 @@ def try_streaming(backbone: nn.Module, streaming: Streaming) -> None:
         for layer in layers:
             layer._ebbtide_block.backwards = 0
     streaming.tried = True
+
+
+def refuse_unshared(backbone: nn.Module, streaming: Streaming, ranks: int) -> None:
+    """What does not go through the attention in chunks does not exchange anything with other ranks."""
+    layers: list[Any] = [part for part in backbone.modules() if "_ebbtide_block" in vars(part)]
+    layouts: list[Layout] = [layer._ebbtide_block.layout for layer in layers]
+    if streaming.attention is None or any(layout.whole or layout.dense for layout in layouts):
+        raise not_shared(backbone, ranks)
 
 
 class StreamedBlock(RecomputesItself):

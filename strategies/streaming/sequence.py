@@ -10,41 +10,24 @@ Shapes: B rows, T positions of the sequence, C of a chunk, n learned tokens.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from distrib.contracts import IGNORE, Batch
-from strategies.core.head import find_tokens
+from distrib.contracts import IGNORE
 from strategies.core.objectives import Objective, Stats
 from strategies.streaming.draws import Taken
 from strategies.streaming.implementation import using_attention
 from strategies.streaming.replay import random_state, set_random_state
+from strategies.streaming.share import Collected, Part, Share
 from strategies.streaming.store import StreamCache, forget
-from strategies.streaming.visibility import documents
+from strategies.streaming.visibility import within
 
 Bounds = Sequence[tuple[int, int]]
 STATISTICS = ("logprob", "logsumexp", "entropy", "mean_logprob")
-
-
-@dataclass
-class Collected:
-    """An objective that minimises nothing and keeps every statistic, flat over [B, T]."""
-
-    size: int
-    needs: frozenset[str]
-    values: dict[str, Tensor] = field(default_factory=dict)
-
-    def __call__(self, stats: Stats, batch: Mapping[str, Tensor]) -> Tensor:
-        for name in ("logprob", *self.needs):
-            value_n = getattr(stats, f"{name}_n")
-            if name not in self.values:
-                self.values[name] = value_n.new_zeros(self.size)
-            self.values[name].index_copy_(0, stats.token_n, value_n)
-        return stats.logprob_n.new_zeros(())
 
 
 @dataclass(frozen=True)
@@ -62,37 +45,6 @@ class Linear:
         return torch.stack([term.sum() for term in terms]).sum()
 
 
-class Part:
-    """A separable objective over the tokens of one chunk, in terms of the whole batch.
-
-    No dataclass: engines copy those on the way into a model, and round what is in them to the weights' precision.
-    """
-
-    separable = True
-
-    def __init__(self, of: Any, batch: Mapping[str, Tensor], lengths_B: Tensor, bounds: Bounds, index: int) -> None:
-        self.of = of
-        self.batch = batch
-        self.lengths_B = lengths_B
-        self.length = bounds[-1][1]
-        self.start, self.stop = bounds[index]
-
-    @property
-    def needs(self) -> frozenset[str]:
-        found: frozenset[str] = self.of.needs
-        return found
-
-    def weight(self, batch: Mapping[str, Tensor]) -> float:
-        return 0.0
-
-    def __call__(self, stats: Stats, batch: Mapping[str, Tensor]) -> Tensor:
-        ahead = 0 if "shift_labels" in self.batch else 1
-        in_chunk_n = stats.token_n - stats.row_n * (self.stop - self.start)
-        token_n = stats.row_n * self.length + self.start + in_chunk_n + ahead
-        found: Tensor = self.of(replace(stats, token_n=token_n, lengths_B=self.lengths_B), self.batch)
-        return found
-
-
 class ChunkedBatch:
     """One micro-batch, run chunk by chunk through `module`, whose parts are `model`'s."""
 
@@ -101,22 +53,15 @@ class ChunkedBatch:
         module: Callable[..., Any],
         model: nn.Module,
         attention: str | None,
-        batch: Batch,
+        share: Share,
         bounds: Bounds,
         offload: bool = False,
     ) -> None:
         self.module = module
         self.model = model
         self.attention = attention
-        self.batch = batch
+        self.share = share
         self.bounds = bounds
-        labels, shift_labels = batch.get("labels"), batch.get("shift_labels")
-        self.tokens = find_tokens(labels, shift_labels)
-        if shift_labels is None:
-            assert labels is not None
-            shift_labels = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE)
-        self.shift_labels_BT = shift_labels
-        self.documents_BT = None if "attention_mask" in batch else document_ids(batch.get("position_ids"))
         self.cache = StreamCache(bounds[-1][1], offload)
         self._random_states: dict[int, list[Tensor]] = {}
 
@@ -127,20 +72,20 @@ class ChunkedBatch:
             widths = torch.tensor([stop - start for start, stop in self.bounds[: chunk.index]], dtype=torch.long)
             factors = torch.tensor(chunk.leaves, dtype=torch.float64)
             leaves_T = factors.repeat_interleave(widths, output_size=self.bounds[chunk.index][0]).to(
-                self.shift_labels_BT.device
+                self.share.labels_BS.device
             )
         self.cache.compensate(chunk.left, leaves_T)
 
     def learned(self) -> list[bool]:
         """Which chunks have tokens to learn."""
-        return [bool((self.shift_labels_BT[:, start:stop] != IGNORE).any()) for start, stop in self.bounds]
+        return [bool((self.share.labels_BS[:, start:stop] != IGNORE).any()) for start, stop in self.bounds]
 
     def run(self, index: int, objective: Any, weight: float, learn: bool = True, writes: bool = True) -> Tensor:
         """The objective over a chunk's tokens, divided by `weight`."""
-        labels_BC = self.cut(self.shift_labels_BT, index)
+        labels_BC = self.cut(self.share.labels_BS, index)
         asked = {
             "shift_labels": labels_BC if learn else torch.full_like(labels_BC, IGNORE),
-            "objective": Part(objective, self.batch, self.tokens.lengths_B, self.bounds, index),
+            "objective": Part(objective, self.share, *self.bounds[index]),
             "weight": weight,
             "extras": MappingProxyType({}),
         }
@@ -154,13 +99,13 @@ class ChunkedBatch:
     def _call(self, index: int, writes: bool, asked: dict[str, Any]) -> Any:
         """With the same random numbers every time."""
         start, stop = self.bounds[index]
-        device = self.shift_labels_BT.device
+        device = self.share.labels_BS.device
         if index in self._random_states:
             set_random_state(self._random_states[index], device)
         else:
             self._random_states[index] = random_state(device)
         self.cache.position.move(start, stop, writes)
-        with using_attention(self.model, self.attention), documents(self.documents_BT):
+        with using_attention(self.model, self.attention), within(self.share.spread):
             output = self.module(**self._inputs(index), **asked)
         forget()
         if not torch.is_grad_enabled():
@@ -169,38 +114,29 @@ class ChunkedBatch:
         return output
 
     def _inputs(self, index: int) -> dict[str, Any]:
-        batch = self.batch
+        given = self.share.inputs
         passed: dict[str, Any] = {"past_key_values": self.cache, "use_cache": True}
-        passed |= {name: self.cut(batch[name], index) for name in ("input_ids", "position_ids") if name in batch}
-        if "attention_mask" in batch:
-            passed["attention_mask"] = batch["attention_mask"][:, : self.bounds[index][1]]
+        passed |= {name: self.cut(given[name], index) for name in ("input_ids", "position_ids") if name in given}
+        if "attention_mask" in given:
+            passed["attention_mask"] = given["attention_mask"][:, : self.bounds[index][1]]
         return passed
 
-    def cut(self, whole_BT: Tensor, index: int) -> Tensor:
+    def cut(self, whole_BS: Tensor, index: int) -> Tensor:
         start, stop = self.bounds[index]
-        return whole_BT[:, start:stop]
+        return whole_BS[:, start:stop]
 
     def _stats(self, collected: Collected) -> tuple[Stats, dict[str, Tensor]]:
         """The statistics of the whole batch as leaves, and those by name."""
-        leaves = {name: value[self.tokens.token_n].requires_grad_() for name, value in collected.values.items()}
-        return self.tokens.stats(leaves), leaves
+        leaves = {name: value[self.share.tokens.token_n].requires_grad_() for name, value in collected.values.items()}
+        return self.share.tokens.stats(leaves), leaves
 
     def differentiate(self, objective: Objective, collected: Collected, weight: float) -> tuple[Tensor, Linear]:
         """The objective over the whole batch divided by `weight`, and the linear one with its derivatives."""
         with torch.enable_grad():
             stats, leaves = self._stats(collected)
-            total = objective(stats, self.batch) / weight
+            total = objective(stats, self.share.whole) / weight
             found = torch.autograd.grad(total, list(leaves.values()), materialize_grads=True)
         factors = {}
         for (name, flat), by_value_n in zip(collected.values.items(), found, strict=True):
-            factors[name] = torch.zeros_like(flat).index_copy_(0, self.tokens.token_n, by_value_n)
+            factors[name] = torch.zeros_like(flat).index_copy_(0, self.share.tokens.token_n, by_value_n)
         return total.detach(), Linear(factors)
-
-
-def document_ids(position_ids_BT: Tensor | None) -> Tensor | None:
-    """Which of a packed row's documents each position belongs to; None when there is one a row."""
-    if position_ids_BT is None:
-        return None
-    steps_BT = torch.diff(position_ids_BT, dim=1, prepend=position_ids_BT[:, :1] - 1)
-    ids_BT = (steps_BT != 1).cumsum(1)
-    return ids_BT if bool(ids_BT[:, -1].any()) else None

@@ -27,8 +27,10 @@ from strategies.streaming.accumulate import rounded_once
 from strategies.streaming.backbone import find_layers
 from strategies.streaming.draws import Draw, Taken, everything
 from strategies.streaming.replay import Circumstances
-from strategies.streaming.sequence import ChunkedBatch, Collected
+from strategies.streaming.sequence import ChunkedBatch
+from strategies.streaming.share import Collected, Share
 from strategies.streaming.trial import try_model
+from strategies.streaming.unshared import not_shared
 
 
 class ChunkedStep:
@@ -65,8 +67,10 @@ class ChunkedStep:
             chunked = self._chunked(batch)
             with seeded(context, self.engine, index):
                 losses.append(self._one(chunked, context, index, last))
-            tokens += batch["input_ids"].numel()
-        return Result(loss=torch.stack(losses).sum(), tokens=tokens)
+            tokens += batch["input_ids"].numel() // self.engine.stripes.ranks
+        total = torch.stack(losses).sum()
+        # Every rank has the whole of an objective that is no sum over tokens.
+        return Result(self.engine.stripes.sum(total) if self.objective.separable else total, tokens)
 
     def logprobs(self, micro_batches: Sequence[Batch], context: Context) -> list[Tensor]:
         """[B, T] a micro-batch, as the default step's."""
@@ -92,7 +96,7 @@ class ChunkedStep:
 
         def backward(by_BTD: Tensor) -> None:
             # A loop's loss says in no other way which of its tokens are learned.
-            chunked.shift_labels_BT = torch.where(by_BTD.any(-1), 0, IGNORE)
+            chunked.share.labels_BS = torch.where(by_BTD.any(-1), 0, IGNORE)
             taken = self.draw(len(chunked.bounds), self._must(chunked), context, micro_batch) or [Taken(0, own=0.0)]
             with rounded_once(self.model), circumstances.restored(self.model), torch.enable_grad():
                 for chunk in reversed(taken):
@@ -107,12 +111,10 @@ class ChunkedStep:
         self._try(self.engine.module)
         if any(getattr(part, "gradient_checkpointing", False) and part.training for part in self.model.modules()):
             raise Refused("gradient checkpointing is on, which drops recorded keys and values: switch it off")
-        length = batch["input_ids"].shape[1]
-        count = self._most(-(-length // self.chunk))
-        batch = padded(batch, count)
-        length = batch["input_ids"].shape[1]
-        bounds = [(index * length // count, (index + 1) * length // count) for index in range(count)]
-        return ChunkedBatch(module or self.engine.module, self.model, self._attention, batch, bounds, self.offload)
+        count = self._most(-(-batch["input_ids"].shape[1] // self.chunk))
+        share = Share(batch, self.engine.stripes, count)
+        bounds = [(index * share.length // count, (index + 1) * share.length // count) for index in range(count)]
+        return ChunkedBatch(module or self.engine.module, self.model, self._attention, share, bounds, self.offload)
 
     def _most(self, count: int) -> int:
         """Over the ranks."""
@@ -159,11 +161,11 @@ class ChunkedStep:
 
     def _collect(self, chunked: ChunkedBatch, needs: frozenset[str]) -> Collected:
         """Every statistic of every learned token; keys and values are recorded on the way."""
-        collected = Collected(chunked.batch["input_ids"].numel(), needs)
+        collected = Collected(chunked.share.whole["input_ids"].numel(), needs)
         for index in range(len(chunked.bounds)):
             with torch.no_grad(), self.engine.micro_batch(last=False):
                 chunked.run(index, collected, 1.0)
-        return collected
+        return collected.over_ranks(self.engine.stripes)
 
     def _must(self, chunked: ChunkedBatch) -> list[bool]:
         if self.must is None:
@@ -179,21 +181,6 @@ class ChunkedStep:
             layers = [block for _, block in find_layers(self.model)]
             with torch.no_grad(), self.engine.micro_batch(last=False):
                 self._attention = try_model(module, self.model, layers)
+            if self.engine.stripes.ranks > 1 and self._attention is None:
+                raise not_shared(self.model, self.engine.stripes.ranks)
             self._tried = True
-
-
-def padded(batch: Batch, length: int) -> Batch:
-    """At least `length` positions, the new ones on the right and not learned: nothing looks at them."""
-    missing = length - batch["input_ids"].shape[1]
-    if missing <= 0:
-        return batch
-    shape = batch["input_ids"].shape
-    made = dict(batch)
-    for name, value in batch.items():
-        if value.shape[:2] == shape:
-            fill = IGNORE if name in ("labels", "shift_labels") else 0
-            made[name] = torch.nn.functional.pad(value, (0, missing), value=fill)
-    if "position_ids" in batch:
-        # A document of its own.
-        made["position_ids"][:, -missing:] = torch.arange(missing, device=batch["position_ids"].device)
-    return made

@@ -20,6 +20,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from distrib.errors import Refused
 from strategies.streaming.offload import PinnedMemory, outside
+from strategies.streaming.visibility import stripes
 
 
 class Unstreamable(Refused):
@@ -175,7 +176,7 @@ class _Whole(torch.autograd.Function):
 
 @dataclass
 class Position:
-    """Where a run stands: the layers of a cache share one."""
+    """Where a run stands, in this rank's positions: the layers of a cache share one."""
 
     length: int
     offload: bool = False
@@ -201,7 +202,8 @@ class StreamLayer(CacheLayerMixin):  # type: ignore[misc]
     def __init__(self, position: Position) -> None:
         super().__init__()
         self.position = position
-        self.store = Store(position.length, position.offload)
+        self.stripes = stripes()
+        self.store = Store(position.length * self.stripes.ranks, position.offload)
         self.is_initialized = True
         self._last_run = 0
 
@@ -211,17 +213,19 @@ class StreamLayer(CacheLayerMixin):  # type: ignore[misc]
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         position, store = self.position, self.store
         self._refuse_other_uses(key_states, value_states)
+        key_states, value_states = self.stripes.keys(key_states), self.stripes.keys(value_states)
+        start, stop = (at * self.stripes.ranks for at in (position.start, position.stop))
         if position.writes:
-            store.record(position.start, key_states, value_states)
+            store.record(start, key_states, value_states)
         position.records += 1
         if position.records == position.keys_only:
             raise KeysRecorded
         if not torch.is_grad_enabled() or not (key_states.requires_grad or value_states.requires_grad):
-            whole_key, whole_value = store.read(0, position.stop)
+            whole_key, whole_value = store.read(0, stop)
         else:
             whole: Any = _Whole
-            whole_key, whole_value = whole.apply(key_states, value_states, store, position.start)
-        _latest[:] = [Chunk(store, position.start, position.stop, key_states, value_states, whole_key, whole_value)]
+            whole_key, whole_value = whole.apply(key_states, value_states, store, start)
+        _latest[:] = [Chunk(store, start, stop, key_states, value_states, whole_key, whole_value)]
         return whole_key, whole_value
 
     def _refuse_other_uses(self, key: Tensor, value: Tensor) -> None:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from transformers.masking_utils import causal_mask_function, packed_sequence_compatibility_function, sdpa_mask
 
+from distrib.engines.context_parallel import ALONE, Stripes
 from distrib.errors import Refused
 
 MaskFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -143,6 +144,11 @@ class Rows:
         """Other queries of the same visibility, by absolute position."""
         return Rows(self.visibility, start, stop)
 
+    def of_chunk(self, start: int, stop: int) -> Rows:
+        """Those of a chunk, by this rank's positions."""
+        ranks = stripes().ranks
+        return self.narrow(start * ranks, stop * ranks)
+
     def __getitem__(self, index: tuple[slice, ...]) -> Rows:
         """Some models slice their masks, and in training keep everything."""
         if any(part not in (slice(None), slice(0, None)) for part in index):
@@ -190,21 +196,36 @@ def _unmasked(start: int, stop: int) -> Iterator[Part]:
         yield Part(at, min(at + PART_KEYS, stop), None)
 
 
-_documents: list[Tensor | None] = []
+@dataclass(frozen=True)
+class Spread:
+    """What the positions that a model is run on are a part of.
+
+    `documents_BT` keeps packed documents apart in masks that are built while a cache or a mask is passed. Transformers
+    does so by itself only without, and such masks must not be restricted twice: it counts positions from the start of
+    each document. `padding_BT` is that of whole sequences, where a rank has `stripes` of them.
+    """
+
+    stripes: Stripes = ALONE
+    documents_BT: Tensor | None = None
+    padding_BT: Tensor | None = None
+
+
+_spreads = [Spread()]
 
 
 @contextmanager
-def documents(ids_BT: Tensor | None) -> Iterator[None]:
-    """Within it, masks that are built while a cache is passed keep packed documents apart, if there are any.
-
-    Transformers does so by itself only where it sees no cache, and such masks must not be restricted twice: it
-    counts positions from the start of each document.
-    """
-    _documents.append(ids_BT)
+def within(spread: Spread) -> Iterator[None]:
+    """Around forwards, and around backwards that run parts of them again."""
+    _spreads.append(spread)
     try:
         yield
     finally:
-        _documents.pop()
+        _spreads.pop()
+
+
+def stripes() -> Stripes:
+    """Of the run that is on its way."""
+    return _spreads[-1].stripes
 
 
 def _apart(mask_function: MaskFunction, ids_BT: Tensor) -> MaskFunction:
@@ -230,13 +251,16 @@ def visible_rows(
     device: torch.device | str = "cpu",
     **_: object,
 ) -> Rows:
-    """What Transformers calls for a mask: the queries [q_offset, q_offset + q_length) and nothing evaluated."""
+    """What Transformers calls for a mask: the queries [q_offset, q_offset + q_length) of this rank and of those that it
+    shares its sequences with, and nothing evaluated."""
     assert kv_offset == 0, "recorded keys start at position 0"
-    ids_BT = _documents[-1] if _documents else None
-    if ids_BT is not None:
-        mask_function = _apart(mask_function, ids_BT)
-    visibility = Visibility(mask_function, attention_mask, batch_size, kv_length, torch.device(device), use_vmap)
-    return visibility.rows(int(q_offset), int(q_offset) + q_length)
+    spread = _spreads[-1]
+    if spread.documents_BT is not None:
+        mask_function = _apart(mask_function, spread.documents_BT)
+    ranks = spread.stripes.ranks
+    padding_BT = attention_mask if ranks == 1 else spread.padding_BT
+    visibility = Visibility(mask_function, padding_BT, batch_size, kv_length * ranks, torch.device(device), use_vmap)
+    return visibility.rows(int(q_offset) * ranks, (int(q_offset) + q_length) * ranks)
 
 
 def causal_rows(start: int, stop: int, batch_size: int, device: torch.device) -> Rows:

@@ -11,8 +11,7 @@ import torch
 from all_families import NOT_TEXT, TYPES, configure
 from engine_cases import padded, ragged_rows, recipe, reference
 from ranks import Ranks
-from tensor_cases import plain_gradients
-from torch import Tensor
+from tensor_cases import plain_gradients, worst
 from transformers import LlamaConfig
 
 import strategies
@@ -31,13 +30,6 @@ MODELS: dict[str, dict[str, Any]] = {
 # Between them: norms of single heads, LayerNorm and biases, one projection for queries, keys and values, attention and
 # MLP side by side, norms after them, softcaps and windows, keys and values of other layers.
 SOME = ("qwen3", "gpt_neox", "phi", "cohere", "gemma2", "starcoder2", "gemma4_unified_text")
-
-
-def worst(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
-    """Relative to each gradient, or to a thousandth of the largest, since some are 0 but for rounding."""
-    assert found.keys() == expected.keys()
-    floor = 1e-3 * max(float(gradient.norm()) for gradient in expected.values())
-    return max(float((found[n] - expected[n]).norm()) / max(float(expected[n].norm()), floor) for n in expected)
 
 
 def packed(rows: list[tuple[list[int], int]]) -> Batch:

@@ -22,7 +22,7 @@ from strategies.streaming import attention as streaming
 from strategies.streaming import kernels, visibility
 from strategies.streaming.kernels import CpuFlash, Math, Scores, choose
 from strategies.streaming.store import Store, StreamCache
-from strategies.streaming.visibility import Rows, Visibility, causal_rows, documents, visible_rows
+from strategies.streaming.visibility import Rows, Spread, Visibility, causal_rows, visible_rows, within
 
 T = 61
 BOUNDS = [(0, 13), (13, 30), (30, 31), (31, 55), (55, T)]
@@ -183,7 +183,7 @@ def sight(name: str, device: str = "cpu") -> tuple[Rows, Tensor]:
         return visible_rows(2, T, T, device=device, attention_mask=padding.to(device)), CAUSAL & padding[:, None]
     if name == "packed":
         ids = documents_of([7, 20, 1, 33], [50, 11])
-        with documents(ids.to(device)):
+        with within(Spread(documents_BT=ids.to(device))):
             return visible_rows(2, T, T, device=device), CAUSAL & (ids[:, :, None] == ids[:, None])
     assert name == "chunks"
     padding[0, :9] = False
@@ -295,7 +295,7 @@ def test_causal_masks_are_never_evaluated(monkeypatch: pytest.MonkeyPatch) -> No
 
     monkeypatch.setattr(Visibility, "tile", evaluated)
     ones = torch.ones(2, T, dtype=torch.bool)
-    with documents(torch.zeros(2, T, dtype=torch.long)):
+    with within(Spread(documents_BT=torch.zeros(2, T, dtype=torch.long))):
         for rows in (visible_rows(2, T, T), visible_rows(2, T, T, attention_mask=ones)):
             assert [tuple(p) for p in rows.narrow(30, 50).parts(0, 50)] == [
                 (0, 16, None),
@@ -350,7 +350,7 @@ def test_masks_built_with_a_cache_are_chunks() -> None:
     assert torch.equal(rows.seen()[:, 0], CAUSAL[:, 13:30, :30] & padding.bool()[:, None])
     ids = documents_of([7, 20, 1, 33], [50, 11])
     config = configured(LlamaConfig, attention_chunk_size=5)
-    with documents(ids):
+    with within(Spread(documents_BT=ids)):
         rows = hf.create_chunked_causal_mask(config, attention_mask=None, **asked)
     inside = torch.cat([torch.arange(n) for n in (7, 20, 1, 33, 50, 11)]).view(2, T) // 5
     seen = CAUSAL & (ids[:, :, None] == ids[:, None]) & (inside[:, :, None] == inside[:, None])
