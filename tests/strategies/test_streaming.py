@@ -7,6 +7,7 @@ import gc
 import os
 import weakref
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
 import pytest
@@ -327,11 +328,14 @@ def bf16_errors(seed: int) -> dict[str, float]:
     return found
 
 
-def test_sixty_four_chunks_in_bf16_err_no_more_than_plain() -> None:
-    by_seed = [bf16_errors(seed) for seed in range(3)]
-    mean = {strategy: sum(found[strategy] for found in by_seed) / len(by_seed) for strategy in by_seed[0]}
-    assert 1e-3 < mean["plain"] < 2e-2
-    assert max(mean[strategy] for strategy in STREAMING) <= mean["plain"]
+@pytest.mark.parametrize("seeds", [4, pytest.param(16, marks=pytest.mark.slow)])
+def test_sixty_four_chunks_in_bf16_err_no_more_than_plain(seeds: int) -> None:
+    """By what a seed's ratios are off among themselves: which roundings are lucky depends on the processor."""
+    by_seed = [bf16_errors(seed) for seed in range(seeds)]
+    assert all(1e-3 < found["plain"] < 2e-2 for found in by_seed)
+    for strategy in STREAMING:
+        ratios = [found[strategy] / found["plain"] for found in by_seed]
+        assert mean(ratios) <= 1 + 2 * stdev(ratios) / seeds**0.5
 
 
 @pytest.mark.parametrize("strategy", STREAMING)
