@@ -44,8 +44,8 @@ def refuse_latents(name: str, config: Any, topology: Topology) -> None:
     """Keys and values that are recorded before they are given to heads."""
     if topology.context > 1 and getattr(config, "kv_lora_rank", None):
         raise Refused(
-            f"engine.context_parallel={topology.context} with strategy {name}: model type {config.model_type!r} records "
-            "latent keys, which have no heads to share; choose plain, recompute, or set engine.context_parallel=1"
+            f"engine.context_parallel={topology.context} with strategy {name}: model type {config.model_type!r} has "
+            "latent keys, which are recorded without heads; choose plain, recompute, or set engine.context_parallel=1"
         )
 
 
