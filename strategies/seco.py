@@ -10,6 +10,7 @@ from distrib.topology import Topology
 from strategies.core.contract import Strategy
 from strategies.core.objectives import Objective
 from strategies.streaming.router import refuse_router_loss
+from strategies.streaming.unshared import refuse_latents
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class SeCO(Strategy):
 
     def check(self, config: Any, topology: Topology) -> None:
         refuse_router_loss("seco", config)
+        refuse_latents("seco", config, topology)
 
     def step(self, model: nn.Module, engine: Engine, objective: Objective) -> Step:
         from strategies.streaming.step import ChunkedStep

@@ -12,6 +12,7 @@ from strategies.core.edits import Edit, Wrap
 from strategies.streaming.backbone import find_backbone, find_layers
 from strategies.streaming.blocks import Block, StreamedBackbone, StreamedBlock, Streaming
 from strategies.streaming.router import refuse_router_loss
+from strategies.streaming.unshared import refuse_latents
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class StreamBP(Strategy):
 
     def check(self, config: Any, topology: Topology) -> None:
         refuse_router_loss("streambp", config)
+        refuse_latents("streambp", config, topology)
 
     def edits(self, model: nn.Module, topology: Topology) -> Iterable[Edit]:
         chunk = None if self.chunk == "auto" else int(self.chunk)

@@ -83,7 +83,7 @@ BROKEN: dict[str, tuple[Any, str, Callable[..., Any]]] = {
     "stretches instead of stripes": (Stripes, "take", lambda self, whole: whole.chunk(self.ranks, 1)[self.rank]),
     "positions of a rank": (Share, "_inputs", lambda self: {name: self.whole[name] for name in ("input_ids",)}),
     "documents that see each other": (share, "document_ids", lambda _: None),
-    "no exchange back": (context_parallel, "_received", lambda sent, stripes: sent),
+    "nothing is exchanged": (context_parallel, "_received", lambda sent, stripes: sent),
 }
 """What is in the place of what."""
 

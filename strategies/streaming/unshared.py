@@ -40,6 +40,15 @@ def check(config: Any, topology: Topology) -> None:
         raise refusal(ranks, f"attention of {kind} does not go through Transformers' interface")
 
 
+def refuse_latents(name: str, config: Any, topology: Topology) -> None:
+    """Keys and values that are recorded before they are given to heads."""
+    if topology.context > 1 and getattr(config, "kv_lora_rank", None):
+        raise Refused(
+            f"engine.context_parallel={topology.context} with strategy {name}: model type {config.model_type!r} has "
+            "latent keys, which are recorded without heads; choose plain, recompute, or set engine.context_parallel=1"
+        )
+
+
 def _heads(config: Any) -> int:
     """What divides the numbers of heads of all its layers; 0 if it has none."""
     found = [value for name, value in vars(config).items() if name.endswith("num_attention_heads")]
