@@ -247,7 +247,7 @@ def compared(side: Side, layers: Layers, groups: dict[int, Any], repeats: int, h
         if topology.main:
             rule = topology.world / min(topology.world, os.cpu_count() or 1)
             lone = layers.times(alone)
-            crowded = LayerTimes(*(tuple(rule * one for one in part) for part in lone[:2]), 2)
+            crowded = LayerTimes(*(tuple(rule * one for one in part) for part in lone))
             found["step_s"].append(step_s)
             found["ratio"].append(side.predicted(shared, each_s, links) / step_s)
             found["cores"].append(side.predicted(crowded, each_s, links) / step_s)

@@ -37,7 +37,6 @@ class LayerTimes(NamedTuple):
 
     layer: tuple[float, float]
     rest: tuple[float, float]
-    repetitions: int
 
 
 class _Timed(Whole):
@@ -78,11 +77,11 @@ class Layers:
         middle = [[median(one[place][way] for one in rounds) for way in (0, 1)] for place in range(len(self.counts))]
         if len(middle) == 1:
             forward, backward = (one / self.depth for one in middle[0])
-            return LayerTimes((forward, backward), (0.0, 0.0), len(rounds))
+            return LayerTimes((forward, backward), (0.0, 0.0))
         few, many = self.counts
         forward, backward = (max(0.0, b - a) / (many - few) for a, b in zip(*middle, strict=True))
         rest = [max(0.0, a - few * one) for a, one in zip(middle[0], (forward, backward), strict=True)]
-        return LayerTimes((forward, backward), (rest[0], rest[1]), len(rounds))
+        return LayerTimes((forward, backward), (rest[0], rest[1]))
 
 
 def layer_times(recipe: Recipe, config: Any, side: str, regime: Regime, depths: Depths, device_type: str) -> LayerTimes:
