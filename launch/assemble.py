@@ -29,6 +29,26 @@ if TYPE_CHECKING:
     from launch.recipe import Recipe
 
 
+def checked(recipe: Recipe, topology: Topology) -> tuple[Any, list[strategies.Strategy], Topology]:
+    """The model's configuration, the strategies, and the ranks as these want them: or what is refused without weights
+    and data."""
+    chosen = strategies.build([section.model_dump() for section in recipe.strategy])
+    topology = strategies.staged(chosen, replace(topology, tensor=recipe.engine.tensor_parallel))
+    config = load_config(recipe)
+    check_engine(recipe.engine.name, settings_of(recipe), topology)
+    if topology.tensor > 1:
+        tensor_parallel.check(config, topology)
+    strategies.check(chosen, config, topology, recipe.compile)
+    if recipe.verify:
+        # An approximation that states no bound cannot be held to it.
+        Promise.of(chosen)
+    if recipe.packing:
+        refuse_packing(config)
+    if recipe.eval_samples and topology.stages > 1:
+        raise Refused(f"eval_samples={recipe.eval_samples}: a pipeline does not generate; set eval_samples=0")
+    return config, chosen, topology
+
+
 @dataclass(frozen=True)
 class Parts:
     """Checked against each other; no weights yet."""
@@ -44,20 +64,7 @@ class Parts:
 
     @classmethod
     def of(cls, recipe: Recipe, topology: Topology) -> Parts:
-        chosen = strategies.build([section.model_dump() for section in recipe.strategy])
-        topology = strategies.staged(chosen, replace(topology, tensor=recipe.engine.tensor_parallel))
-        config = load_config(recipe)
-        check_engine(recipe.engine.name, settings_of(recipe), topology)
-        if topology.tensor > 1:
-            tensor_parallel.check(config, topology)
-        strategies.check(chosen, config, topology, recipe.compile)
-        if recipe.verify:
-            # An approximation that states no bound cannot be held to it.
-            Promise.of(chosen)
-        if recipe.packing:
-            refuse_packing(config)
-        if recipe.eval_samples and topology.stages > 1:
-            raise Refused(f"eval_samples={recipe.eval_samples}: a pipeline does not generate; set eval_samples=0")
+        config, chosen, topology = checked(recipe, topology)
         objective = make_objective(recipe)
         tokenizer = load_tokenizer(recipe)
         check_vocabulary(config, tokenizer)
