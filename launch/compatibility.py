@@ -34,8 +34,9 @@ Verdicts = dict[str, dict[str, str]]
 
 def verdict(names: Iterable[str], engine: Mapping[str, Any] = ENGINES["ddp"]) -> str:
     """`ok`, or `refused: ` and why: of strategies together, with the fields they have by themselves, on two ranks."""
+    asked = {"strategy": [{"name": name} for name in names], "engine": dict(engine)}
     try:
-        checked(Recipe(strategy=[{"name": name} for name in names], engine=dict(engine)), RANKS)
+        checked(Recipe.model_validate(asked), RANKS)
     except UserError as error:
         return f"refused: {error}"
     return OK
