@@ -57,7 +57,6 @@ class Strategy:
     """Whether it is right with blocks that torch.compile compiled."""
     tensor_parallel: ClassVar[bool] = False
     """Whether it is right in blocks of which each rank computes a part, with a part of the sequence between them."""
-
     claims: ClassVar[frozenset[Claim]] = frozenset()
     """What it has to itself: two that claim the same are refused before a model shows that they are in conflict."""
 
