@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 from torch import nn
 
 from distrib.topology import Topology
-from strategies.core.contract import Fidelity, Strategy
+from strategies.core.contract import Claim, Fidelity, Strategy
 from strategies.core.edits import Edit
 
 BITS = 2
@@ -24,6 +24,7 @@ class ApproxBP(Strategy):
 
     fidelity = Fidelity.APPROXIMATE
     compiles = False
+    claims = frozenset({Claim.ACTIVATIONS})
     bound = 0.75
     exact_with: ClassVar[dict[str, Any]] = {"activations": False}
     activations: bool = True

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from distrib.topology import Topology
-from strategies.core.contract import Fidelity, Strategy
+from strategies.core.contract import Claim, Fidelity, Strategy
 from strategies.core.edits import Edit
 
 BOUNDS = {1: 2.0, 2: 0.75, 3: 0.4, 4: 0.2}
@@ -24,6 +24,7 @@ class FewBit(Strategy):
     fidelity = Fidelity.APPROXIMATE
     bound = BOUNDS[4]
     compiles = False
+    claims = frozenset({Claim.ACTIVATIONS})
     bits: int = 4
 
     def __post_init__(self) -> None:

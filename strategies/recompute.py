@@ -9,7 +9,7 @@ from torch import nn
 
 from distrib.errors import choose
 from distrib.topology import Topology
-from strategies.core.contract import Strategy
+from strategies.core.contract import Claim, Strategy
 from strategies.core.edits import Edit, Wrap
 from strategies.recomputation.block import UNIT, Recomputation, RecomputedBlock, Unit, kind_of
 from strategies.recomputation.policies import EVERYWHERE, RULES, Rules
@@ -32,6 +32,7 @@ class Recompute(Strategy):
     """
 
     compiles = False
+    claims = frozenset({Claim.LAYERS})
     tensor_parallel = True
     context_parallel = True
     policy: str | list[str] | dict[str, str | list[str]] = field(default_factory=lambda: ["norms", "activations"])

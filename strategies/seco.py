@@ -7,7 +7,7 @@ from torch import nn
 
 from distrib.contracts import Engine, Step
 from distrib.topology import Topology
-from strategies.core.contract import Strategy
+from strategies.core.contract import Claim, Strategy
 from strategies.core.objectives import Objective
 from strategies.streaming.router import refuse_router_loss
 from strategies.streaming.unshared import refuse_latents
@@ -25,6 +25,7 @@ class SeCO(Strategy):
 
     compiles = False
     context_parallel = True
+    claims = frozenset({Claim.CHUNKS})
     chunk: int = 1024
     offload: bool = False
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from distrib.contracts import Engine, Step
 from distrib.topology import Topology
-from strategies.core.contract import Fidelity, Strategy
+from strategies.core.contract import Claim, Fidelity, Strategy
 from strategies.core.objectives import Objective
 from strategies.streaming.router import refuse_router_loss
 
@@ -29,6 +29,7 @@ class SpaCO(Strategy):
 
     fidelity = Fidelity.UNBIASED
     compiles = False
+    claims = frozenset({Claim.CHUNKS})
     exact_with: ClassVar[dict[str, Any]] = {"p": 1.0}
     chunk: int = 1024
     p: float = 0.5

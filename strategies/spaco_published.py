@@ -7,7 +7,7 @@ from torch import nn
 
 from distrib.contracts import Engine, Step
 from distrib.topology import Topology
-from strategies.core.contract import Fidelity, Strategy
+from strategies.core.contract import Claim, Fidelity, Strategy
 from strategies.core.objectives import Objective
 from strategies.streaming.router import refuse_router_loss
 
@@ -25,6 +25,7 @@ class SpaCOPublished(Strategy):
 
     fidelity = Fidelity.APPROXIMATE
     compiles = False
+    claims = frozenset({Claim.CHUNKS})
     exact_with: ClassVar[dict[str, Any]] = {"share": 1.0}
     bound = 1.0
     chunk: int = 1024

@@ -7,7 +7,7 @@ from typing import Any, Literal
 from torch import nn
 
 from distrib.topology import Topology
-from strategies.core.contract import Strategy
+from strategies.core.contract import Claim, Strategy
 from strategies.core.edits import Edit, Wrap
 from strategies.streaming.backbone import find_backbone, find_layers
 from strategies.streaming.blocks import Block, StreamedBackbone, StreamedBlock, Streaming
@@ -27,6 +27,7 @@ class StreamBP(Strategy):
 
     compiles = False
     context_parallel = True
+    claims = frozenset({Claim.LAYERS, Claim.CHUNKS})
     chunk: int | Literal["auto"] = "auto"
     offload: bool = False
 

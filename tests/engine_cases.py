@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -67,6 +68,7 @@ def make_engine(
     config = load_config(made_from)
     model = build(made_from, config, dtype)
     chosen = strategies.build([{"name": strategy, **small(strategy)}])
+    topology = replace(topology, tensor=made_from.engine.tensor_parallel)
     strategies.edit(model, chosen, topology)
     weights = TrainedAdapter(made_from, config, topology)
     settings = Settings(OptimizerSpec(), made_from.bf16, made_from.compile, made_from.engine.stage)
@@ -117,8 +119,8 @@ def gradients(
     per_rank: list[list[Batch]],
     strategy: str = "plain",
 ) -> dict[str, Tensor]:
-    """One step over the micro-batches of this rank."""
+    """One step over the micro-batches of this rank, or of this group of ranks."""
     engine, step = make_engine(topology, made_from, dtype, strategy)
     weight = sum(float((batch["labels"] != IGNORE).sum()) for batches in per_rank for batch in batches)
-    step(per_rank[topology.data_rank], Context(seed=0, step=0, weight=weight))
+    step(per_rank[engine.topology.data_rank], Context(seed=0, step=0, weight=weight))
     return gathered(engine)

@@ -11,7 +11,7 @@ import all_families
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from engine_cases import IGNORE, gathered, gradients, make_engine
+from engine_cases import IGNORE, gathered, make_engine
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
@@ -28,16 +28,8 @@ from strategies.core.compare import own_parts
 LENGTH = 512
 
 
-def of_recipe(
-    topology: Topology, made_from: Recipe, dtype: torch.dtype, groups: list[list[Batch]]
-) -> dict[str, Tensor]:
-    """One step, with the micro-batches of each group of ranks."""
-    return gradients(replace(topology, tensor=made_from.engine.tensor_parallel), made_from, dtype, groups)
-
-
 def norms(topology: Topology, made_from: Recipe, batches: list[Batch]) -> tuple[float, float]:
     """Of the whole gradient, as it is clipped by and as it is compared."""
-    topology = replace(topology, tensor=topology.world)
     engine, step = make_engine(topology, made_from, torch.float64)
     step(batches, Context(0, 0, float(sum((batch["labels"] != IGNORE).sum() for batch in batches))))
     total = sum((part.square().sum() for _, part in own_parts(engine)), torch.zeros(()))

@@ -26,6 +26,15 @@ class Fidelity(Enum):
     APPROXIMATE = "within a stated, tested bound"
 
 
+class Claim(Enum):
+    """What one strategy of a run does at most."""
+
+    LAYERS = "run the layers in their own way"
+    CHUNKS = "cut the sequence into chunks"
+    LINEARS = "round what linears multiply"
+    ACTIVATIONS = "replace the backward of activation functions"
+
+
 @dataclass(frozen=True)
 class Strategy:
     """How gradients are computed. The fields of a subclass are its section of the recipe.
@@ -50,6 +59,8 @@ class Strategy:
     """Whether it is right in blocks of which each rank computes a part, with a part of the sequence between them."""
     context_parallel: ClassVar[bool] = False
     """Whether it is right where each rank has some positions of every sequence."""
+    claims: ClassVar[frozenset[Claim]] = frozenset()
+    """What it has to itself: two that claim the same are refused before a model shows that they are in conflict."""
 
     @property
     def noise(self) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import itertools
 import pkgutil
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import EntryPoint, entry_points
@@ -13,7 +14,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from distrib.errors import Refused, UserError, choose
 from distrib.topology import Topology
-from strategies.core.contract import Strategy, overrides
+from strategies.core.contract import Claim, Strategy, overrides
 
 GROUP = "ebbtide.strategies"
 _BEYOND_TEXT = ("vision_config", "audio_config", "patcher_config", "is_encoder_decoder")
@@ -81,12 +82,17 @@ def build(sections: Iterable[Mapping[str, Any]]) -> list[Strategy]:
     return built
 
 
-def _build(name: str, kind: type[Strategy], given: dict[str, Any]) -> Strategy:
-    types = {key: hint for key, hint in get_type_hints(kind).items() if get_origin(hint) is not ClassVar}
-    defaults = {
+def defaults_of(kind: type[Strategy]) -> dict[str, Any]:
+    """Of its fields; `dataclasses.MISSING` for those that must be given."""
+    return {
         field.name: field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
         for field in dataclasses.fields(kind)
     }
+
+
+def _build(name: str, kind: type[Strategy], given: dict[str, Any]) -> Strategy:
+    types = {key: hint for key, hint in get_type_hints(kind).items() if get_origin(hint) is not ClassVar}
+    defaults = defaults_of(kind)
     for key, value in given.items():
         if key not in types:
             if not types:
@@ -130,6 +136,9 @@ def check(strategies: Sequence[Strategy], config: Any, topology: Topology, compi
     executors = [name_of(strategy) for strategy in strategies if overrides(strategy, "step")]
     if len(executors) > 1:
         raise Refused(f"strategies {' and '.join(executors)} each run the whole step: use one of them")
+    for one, other in itertools.combinations(strategies, 2):
+        for claim in (claim for claim in Claim if claim in one.claims & other.claims):
+            raise Refused(f"strategies {name_of(one)} and {name_of(other)} both {claim.value}: use one of them")
     for strategy in strategies:
         if compile and not strategy.compiles:
             raise Refused(f"compile=true with strategy {name_of(strategy)}: set compile=false")

@@ -15,7 +15,7 @@ from torch import nn
 from distrib.contracts import Context
 from distrib.errors import Refused, choose
 from distrib.topology import Topology
-from strategies.core.contract import Fidelity, Strategy
+from strategies.core.contract import Claim, Fidelity, Strategy
 from strategies.core.edits import Edit, Wrap, base_name, original_class
 from strategies.lowbit.backends.reference import How
 from strategies.lowbit.draws import Draws
@@ -45,6 +45,7 @@ class LowBit(Strategy):
     exact_with: ClassVar = {"target_share": 1.0, "target_forward": False}
     own_forward = True
     compiles = False
+    claims = frozenset({Claim.LINEARS})
     presets: ClassVar[dict[str, Preset]]
     preset: str = ""
     rules: dict[str, str] = field(default_factory=dict)

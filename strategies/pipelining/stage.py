@@ -77,7 +77,7 @@ class Part:
         first = [self.model.get_submodule(name) for name in self.partition.layers_of(self.number)[:1]]
         hooks = [layer.register_forward_hook(note) for layer in first]
         try:
-            with torch.enable_grad(), self._calling(context, 0):
+            with torch.enable_grad(), self._calling(context, 0), self.store.discarding():
                 self.engine.module(**_inputs(batch), hidden_only=True)
         finally:
             for hook in hooks:

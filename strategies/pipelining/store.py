@@ -165,6 +165,15 @@ class Store(TorchFunctionMode):
         finally:
             self._open = None
 
+    @contextmanager
+    def discarding(self) -> Iterator[None]:
+        """Weight gradients are nobody's: an edit tries itself."""
+        self._open = []
+        try:
+            yield
+        finally:
+            self._open = None
+
     def run(self, key: Hashable) -> None:
         waiting = self._waiting.pop(key, [])
         with torch.no_grad():

@@ -1,4 +1,4 @@
-"""What every strategy must hold, as functions of a factory of it; a failing check raises AssertionError.
+"""What every strategy and every pair must hold, as functions of a factory of it; a failing check raises AssertionError.
 
 `CHECKS` is the suite: `test_contract.py` runs it on every strategy, and `test_wrong.py` shows that strategies
 which are wrong in small ways do not pass. Engines and later strategies reuse `gradients` and the cases of
@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -27,7 +27,8 @@ from distrib.errors import Refused
 from strategies import DPO, GRPO, Fidelity, Objective, Strategy
 from strategies.core.contract import is_exact, overrides
 
-Factory = Callable[[], Strategy]
+Factory = Callable[[], Strategy | Sequence[Strategy]]
+"""Of one strategy, or of several that train together."""
 KINDS = ("full", "tied", "lora")
 EXACT = 1e-12
 
@@ -55,14 +56,18 @@ def approximates(strategy: Strategy) -> bool:
     return vague and not overrides(strategy, "step")
 
 
+def listed(factory: Factory) -> list[Strategy]:
+    chosen = factory()
+    return [chosen] if isinstance(chosen, Strategy) else list(chosen)
+
+
 def tolerance(factory: Factory) -> float:
-    """Of gradients, relative, in float64. What a step estimates is held to its own bound by tests of its own."""
-    strategy = factory()
-    if approximates(strategy):
-        assert strategy.bound, "how far off is it?"
-        return strategy.bound
-    assert is_exact(strategy), "when is it exact?"
-    return EXACT
+    """Of gradients, relative, in float64; bounds add up. What a step estimates is held to its own bound by tests of its
+    own."""
+    vague = [strategy for strategy in listed(factory) if approximates(strategy)]
+    assert all(strategy.bound for strategy in vague), "how far off is it?"
+    assert all(is_exact(strategy) for strategy in listed(factory) if strategy not in vague), "when is it exact?"
+    return EXACT + sum(strategy.bound for strategy in vague)
 
 
 def gradients_of(model: nn.Module) -> dict[str, Tensor]:
@@ -82,7 +87,7 @@ def gradients(
     batches = [annotate(batch) for batch in reference.cases()[case]]
     model = reference.tiny_model(kind)
     wanted = reference.truth(copy.deepcopy(model), batches, loss, weight)
-    step = strategies.prepare(model, [factory()], objective)
+    step = strategies.prepare(model, listed(factory), objective)
     result = step(batches)
     assert reference.difference(gradients_of(model), wanted.gradients) < tolerance(factory)
     assert abs(result.loss - wanted.loss) < EXACT * wanted.loss.abs()
@@ -142,7 +147,7 @@ def keeps_names(factory: Factory) -> None:
         model = reference.tiny_model(kind)
         state, names = dict(model.state_dict()), [name for name, _ in model.named_parameters()]
         classes = [type(module).__name__ for module in model.modules()]
-        strategies.prepare(model, [factory()])(reference.cases()["one"])
+        strategies.prepare(model, listed(factory))(reference.cases()["one"])
         after = model.state_dict()
         assert list(after) == list(state)
         assert all(after[name].data_ptr() == tensor.data_ptr() for name, tensor in state.items())
@@ -156,7 +161,7 @@ def undoes(factory: Factory) -> None:
     for kind in KINDS:
         model = reference.tiny_model(kind)
         before = [(id(m), type(m), sorted(vars(m))) for m in model.modules()]
-        step = strategies.prepare(model, [factory()])
+        step = strategies.prepare(model, listed(factory))
         step(reference.cases()["one"])
         step.undo()
         assert [(id(m), type(m), sorted(vars(m))) for m in model.modules()] == before
@@ -178,7 +183,7 @@ def generates(factory: Factory) -> None:
             return model.generate(input_ids=prompt, max_new_tokens=6, do_sample=False, pad_token_id=0)
 
         logits, tokens = model(input_ids=prompt).logits, generate()
-        step = strategies.prepare(model, [factory()])
+        step = strategies.prepare(model, listed(factory))
         for _ in range(2):
             assert torch.equal(model(input_ids=prompt).logits, logits)
             assert torch.equal(generate(), tokens)
@@ -194,11 +199,12 @@ def prepares_twice(factory: Factory) -> None:
     batches = reference.cases()["accumulation"]
     model = reference.tiny_model("full")
     wanted = reference.truth(copy.deepcopy(model), batches)
-    first = strategies.prepare(model, [factory()])
-    second = strategies.prepare(model, [factory()])
+    first = strategies.prepare(model, listed(factory))
+    second = strategies.prepare(model, listed(factory))
     second(batches)
     assert reference.difference(gradients_of(model), wanted.gradients) < tolerance(factory)
-    with pytest.raises(Refused, match=f"already prepared for {strategies.name_of(factory())}: undo that first"):
+    names = ", ".join(map(strategies.name_of, listed(factory)))
+    with pytest.raises(Refused, match=f"already prepared for {names}: undo that first"):
         strategies.prepare(model, [Other()])
     first.undo()
     strategies.prepare(model, [Other()])
@@ -209,10 +215,10 @@ def copies(factory: Factory) -> None:
     batches = reference.cases()["packing"]
     model = reference.tiny_model("tied")
     wanted = reference.truth(copy.deepcopy(model), batches)
-    strategies.prepare(model, [factory()])(batches)
+    strategies.prepare(model, listed(factory))(batches)
     for made in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         made.zero_grad()
-        step = strategies.prepare(made, [factory()])
+        step = strategies.prepare(made, listed(factory))
         step(batches)
         assert reference.difference(gradients_of(made), wanted.gradients) < tolerance(factory)
         step.undo()
@@ -224,7 +230,7 @@ def adds_up(factory: Factory) -> None:
     """A second step without clearing adds its gradients to the first one's."""
     batches = reference.cases()["accumulation"]
     model = reference.tiny_model("lora")
-    step = strategies.prepare(model, [factory()])
+    step = strategies.prepare(model, listed(factory))
     step(batches)
     once = {name: g.clone() for name, g in gradients_of(model).items()}
     step(batches)
@@ -234,14 +240,14 @@ def adds_up(factory: Factory) -> None:
 
 def trains_in_any_loop(factory: Factory) -> None:
     """A strategy that only edits is right under `model(**batch).loss.backward()`, packed rows included."""
-    if type(factory()).step is not Strategy.step:
+    if any(overrides(strategy, "step") for strategy in listed(factory)):
         return
     for kind in KINDS:
         for case in ("right padding", "packing"):
             batch = reference.cases()[case][0]
             model = reference.tiny_model(kind)
             wanted = reference.truth(copy.deepcopy(model), [batch])
-            strategies.prepare(model, [factory()])
+            strategies.prepare(model, listed(factory))
             output = model(**batch)
             output.loss.backward()
             assert abs(output.loss - wanted.loss) < EXACT * wanted.loss
@@ -253,7 +259,7 @@ def repeats_bitwise(factory: Factory) -> None:
     caller's randomness goes on untouched."""
     batches = reference.cases()["accumulation"]
     model = reference.tiny_model("full", dropout=0.3).train()
-    step = strategies.prepare(model, [factory()])
+    step = strategies.prepare(model, listed(factory))
     found = []
     for number in (4, 4, 5):
         model.zero_grad()

@@ -52,14 +52,14 @@ def test_gradients_of_two_ranks_are_those_of_one(
     expected = reference(recipe(**MODELS[model]), rows, dtype)
     # 17 positions, then 5 and 9: none of them even.
     for batches in ([padded(rows)], [padded(rows[:1]), padded(rows[1:2]), padded(rows[2:])]):
-        for found in two_ranks("tensor_cases:of_recipe", made_from, dtype, [batches]):
+        for found in two_ranks("engine_cases:gradients", made_from, dtype, [batches]):
             assert worst(found, expected) < bound
 
 
 def test_packed_documents_do_not_see_each_other(two_ranks: Ranks) -> None:
     rows = [(tokens, 1) for tokens, _ in ragged_rows(4)]
     expected = reference(recipe(), rows, torch.float64)
-    for found in two_ranks("tensor_cases:of_recipe", recipe(engine=TWO), torch.float64, [[packed(rows)]]):
+    for found in two_ranks("engine_cases:gradients", recipe(engine=TWO), torch.float64, [[packed(rows)]]):
         assert worst(found, expected) < 1e-12
 
 

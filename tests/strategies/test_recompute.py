@@ -325,7 +325,7 @@ def test_it_composes_with_chunks_of_the_sequence():
 
 
 def test_two_ways_to_run_a_layer_are_one_too_many():
-    with pytest.raises(Refused, match=r"strategies recompute and streambp both wrap .model\.layers\.0.: use one"):
+    with pytest.raises(Refused, match="strategies recompute and streambp both run the layers in their own way"):
         strategies.prepare(families.build("llama"), [Recompute(), strategies.get("streambp")()])
 
 
