@@ -127,7 +127,7 @@ def _on_ranks(
         again = recipe.max_restarts or recipe.on_oom == "halve"
         restarts = Restarts(recipe) if again and arguments.command == "train" else None
         if (recipe.nproc > 1 or restarts) and not launched(os.environ):
-            flags = [*words, *(["--json"] if arguments.json else [])]
+            flags = [*words, *(f"--{flag}" for flag in ("json", "shrink") if getattr(arguments, flag))]
             return spawn([arguments.command, arguments.recipe, *flags, *arguments.overrides], recipe.nproc, restarts)
         if restarts and SUPERVISED not in os.environ:
             key = f"max_restarts={recipe.max_restarts}" if recipe.max_restarts else f"on_oom={recipe.on_oom!r}"
@@ -181,9 +181,17 @@ def _is_first_rank() -> bool:
 
 
 def _recipe(arguments: argparse.Namespace) -> Recipe:
-    from launch.recipe_file import load_recipe
+    if not arguments.shrink:
+        from launch.recipe_file import load_recipe
 
-    return load_recipe(arguments.recipe, arguments.overrides)
+        return load_recipe(arguments.recipe, arguments.overrides)
+    from launch.shrink import load_shrunk
+
+    recipe, notes = load_shrunk(arguments.recipe, arguments.overrides)
+    if _is_first_rank() and SUPERVISED not in os.environ:
+        for note in notes:
+            say(note)
+    return recipe
 
 
 def _data(arguments: argparse.Namespace) -> int:
