@@ -93,7 +93,6 @@ _GEMMA_2_9B = {
     "num_key_value_heads": 8,
     "head_dim": 256,
     "max_position_embeddings": 8192,
-    "query_pre_attn_scalar": 256,
     "sliding_window": 4096,
     "attn_logit_softcapping": 50.0,
     "final_logit_softcapping": 30.0,

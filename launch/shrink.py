@@ -33,8 +33,8 @@ def load_shrunk(path: str, overrides: Sequence[str] = ()) -> tuple[Recipe, list[
 
     recipe = load_recipe(path)
     changes, lost = changed(recipe)
-    given = recipe.model_dump(mode="json", exclude_unset=True)
-    what = [f"{key}={_shown(value)}" for key, value in changes.items() if given.get(key) != value]
+    given, whole = recipe.model_dump(mode="json", exclude_unset=True), recipe.model_dump(mode="json")
+    what = [f"{key}={_shown(value)}" for key, value in changes.items() if value not in (given.get(key), whole[key])]
     return recipe_of(given | changes, path, overrides), [f"shrunk: {', '.join(what)}", *lost]
 
 
@@ -56,7 +56,9 @@ def changed(recipe: Recipe) -> tuple[dict[str, Any], list[str]]:
     ranks = max(min(recipe.nproc, RANKS), split * (RANKS if staged else 1))
     replicas = ranks // (split * (RANKS if staged else 1))
     lost = [_lost_replicas(recipe, chosen)] if replicas == 1 else []
-    sections = [_section(given.model_dump(), strategy, lost) for given, strategy in zip(recipe.strategy, chosen, strict=True)]
+    sections = [
+        _section(given.model_dump(), strategy, lost) for given, strategy in zip(recipe.strategy, chosen, strict=True)
+    ]
     changes: dict[str, Any] = {
         "init": "shrunk",
         "dataset": [_source(source, recipe, lost) for source in recipe.dataset],
@@ -112,7 +114,7 @@ def _source(source: Source, recipe: Recipe, lost: list[str]) -> dict[str, Any]:
         return source.model_dump(exclude_unset=True)
     name = "stdlib" if recipe.streaming and recipe.objective.name == "sft" else "additions"
     lost.append(f"{source.name} is not fetched: dataset {name} takes its place")
-    return {"name": name, "weight": source.weight}
+    return {"name": name} | source.model_dump(include={"weight"}, exclude_defaults=True)
 
 
 def _batch(recipe: Recipe, replicas: int, staged: bool) -> dict[str, Any]:
@@ -162,7 +164,9 @@ def shrunk(recipe: Recipe, config: Any) -> Any:
 def _sizes(config: Any) -> dict[str, Any]:
     from launch.tokenizer import BYTE_VOCABULARY
 
-    heads = config.num_attention_heads
+    heads = getattr(config, "num_attention_heads", None)
+    if heads is None:
+        raise Refused(f"init='shrunk': {config.model_type} has no attention heads, by which its sizes would be made")
     shared = getattr(config, "num_key_value_heads", None) or heads
     few = min(shared, 2)
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
