@@ -17,7 +17,7 @@ DEVICE = (
 )
 FLAGS = ("--json", "--schema", "--help", "-h")
 SHRINK = ("--shrink",)
-OWN_FLAGS = {name: SHRINK for name in ("train", "verify", "data", "plan", "timeline", "recipe")}
+OWN_FLAGS = dict.fromkeys(("train", "verify", "data", "plan", "timeline", "recipe"), SHRINK)
 OWN_FLAGS["bench"] = ("--resume", *SHRINK)
 CHECKPOINT_ACTIONS = ("verify", "list", "repair")
 VALUED_FLAGS = {

@@ -1,4 +1,4 @@
-"""Every recipe of `recipes/`: what it asks for goes together, it runs shrunk on two ranks, and its plan is on the page."""
+"""Every recipe of `recipes/`: its parts go together, it runs shrunk on two ranks, and its plan is on the page."""
 
 from __future__ import annotations
 
@@ -141,7 +141,7 @@ def test_data_of_a_shrunk_recipe(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_family_with_other_names_for_its_sizes_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "deepseek_v3", "vocab_size": 1000}))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gemma3n_text"}))
     with pytest.raises(UserError, match="config_overrides"):
         load_config(Recipe(model_name_or_path=str(tmp_path), init="shrunk"))
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "mamba"}))
