@@ -135,7 +135,7 @@ def _on_ranks(
                 "itself: leave it out, and let the cluster start all of them"
             )
         if (recipe.nproc > 1 or restarts or nodes.count > 1) and not launched(os.environ):
-            flags = [*words, *(["--json"] if arguments.json else [])]
+            flags = [*words, *(f"--{flag}" for flag in ("json", "shrink") if getattr(arguments, flag))]
             said = [arguments.command, arguments.recipe, *flags, *arguments.overrides]
             relay = Relay(nodes, Path(recipe.output_dir)) if nodes.count > 1 else None
             return spawn(said, recipe.nproc, restarts, relay)
@@ -194,9 +194,17 @@ def _is_first_rank() -> bool:
 
 
 def _recipe(arguments: argparse.Namespace) -> Recipe:
-    from launch.recipe_file import load_recipe
+    if not arguments.shrink:
+        from launch.recipe_file import load_recipe
 
-    return load_recipe(arguments.recipe, arguments.overrides)
+        return load_recipe(arguments.recipe, arguments.overrides)
+    from launch.shrink import load_shrunk
+
+    recipe, notes = load_shrunk(arguments.recipe, arguments.overrides)
+    if _is_first_rank() and SUPERVISED not in os.environ:
+        for note in notes:
+            say(note)
+    return recipe
 
 
 def _data(arguments: argparse.Namespace) -> int:

@@ -33,7 +33,7 @@ from launch.models import build
 from launch.sides import edit, prepare, strategies_of
 from strategies.streaming.backbone import find_layers
 from strategies.streaming.step import ChunkedStep
-from strategies.streaming.visibility import PART_KEYS
+from strategies.streaming.visibility import PART_KEYS, Visibility
 
 if TYPE_CHECKING:
     from launch.recipe import Recipe
@@ -216,8 +216,12 @@ class Run:
 
 @contextmanager
 def several_documents() -> Iterator[None]:
-    """In every packed row. Transformers looks for them among values, which are not there."""
-    with patch("transformers.masking_utils.find_packed_sequence_indices", torch.zeros_like):
+    """In every packed row. Transformers looks for them among values, which are not there; nor can streamed layers see
+    among them that no position sees later ones, without which they would take whole masks."""
+    with (
+        patch("transformers.masking_utils.find_packed_sequence_indices", torch.zeros_like),
+        patch.object(Visibility, "_refuse_future", lambda *_: None),
+    ):
         yield
 
 

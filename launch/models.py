@@ -20,6 +20,7 @@ from distrib.redaction import one_line
 from distrib.topology import Topology
 from launch import remote_code
 from launch.four_bit import Stored, check_stored, hold_base, stored_in
+from launch.known import say_shipped, shipped
 from launch.tokenizer import BYTE_VOCABULARY
 from strategies.core.edits import base_name
 from strategies.lowbit.frozen import Linear4bit, four_bit, quantize
@@ -47,7 +48,7 @@ BUILT_IN: dict[str, dict[str, Any]] = {
 
 def load_config(recipe: Recipe) -> Any:
     """The model's configuration, with the recipe's overrides; text models with a causal head only."""
-    from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
+    from transformers import AutoModelForCausalLM, LlamaConfig
 
     if recipe.model_name_or_path in BUILT_IN:
         known = BUILT_IN[recipe.model_name_or_path] | {
@@ -59,21 +60,12 @@ def load_config(recipe: Recipe) -> Any:
         }
         config = LlamaConfig(**known)
     else:
-        where = _local(recipe.model_name_or_path)
-        if Path(where, "adapter_config.json").is_file():
-            raise UserError(
-                f"model_name_or_path={recipe.model_name_or_path!r} holds an adapter, not a model: name the model that "
-                "it adapts, or one that it was merged into"
-            )
-        remote_code.check(recipe, where)
-        try:
-            config = AutoConfig.from_pretrained(where, **_hub(recipe))
-        except Exception as error:  # Transformers trusts what is in a configuration's fields
-            raise UserError(
-                f"model_name_or_path={recipe.model_name_or_path!r}: {_one_line(error)}; choose "
-                f"{', '.join(BUILT_IN)}, a folder with config.json, or a hub name"
-            ) from None
+        config = _named_config(recipe)
     _override(config, recipe.config_overrides)
+    if recipe.init == "shrunk":
+        from launch.shrink import shrunk
+
+        config = shrunk(recipe, config)
     remote_code.check_attention(recipe, config)
     if stored := stored_in(config):
         check_stored(recipe, stored)
@@ -87,6 +79,34 @@ def load_config(recipe: Recipe) -> Any:
     if longest and recipe.max_length > longest:
         raise UserError(f"max_length={recipe.max_length}: this model takes at most {longest} tokens")
     return config
+
+
+def _named_config(recipe: Recipe) -> Any:
+    """Of a folder or of the hub; of a known public model as it is shipped where the hub does not answer, or where only
+    its kind matters."""
+    from transformers import AutoConfig
+
+    name = recipe.model_name_or_path
+    where = _local(name)
+    known = shipped(name) if where == name and recipe.model_revision is None else None
+    if known is not None and recipe.init == "shrunk":
+        return known
+    if Path(where, "adapter_config.json").is_file():
+        raise UserError(
+            f"model_name_or_path={name!r} holds an adapter, not a model: name the model that it adapts, or one that it "
+            "was merged into"
+        )
+    remote_code.check(recipe, where)
+    try:
+        return AutoConfig.from_pretrained(where, **_hub(recipe))
+    except Exception as error:  # Transformers trusts what is in a configuration's fields
+        if known is not None and isinstance(error, OSError):
+            say_shipped(name)
+            return known
+        raise UserError(
+            f"model_name_or_path={name!r}: {_one_line(error)}; choose {', '.join(BUILT_IN)}, a folder with "
+            "config.json, or a hub name"
+        ) from None
 
 
 def _override(config: Any, changes: dict[str, Any]) -> None:
@@ -201,7 +221,7 @@ def _with_lora(recipe: Recipe, model: nn.Module, dtype: torch.dtype) -> nn.Modul
 
 
 def has_random_weights(recipe: Recipe) -> bool:
-    return recipe.model_name_or_path in BUILT_IN or recipe.init == "random"
+    return recipe.model_name_or_path in BUILT_IN or recipe.init != "pretrained"
 
 
 def refuse_packing(config: Any) -> None:

@@ -48,6 +48,7 @@ Text = Annotated[str, Field(min_length=1)]
 OptimizerName = Literal[
     "adamw", "adamw4bit", "adam", "sgd", "nadam", "radam", "adamax", "adagrad", "rmsprop", "adafactor"
 ]
+BUILT_IN_SETS = ("stdlib", "additions")
 ADAMS = ("adamw", "adamw4bit", "adam", "nadam", "radam", "adamax")
 
 
@@ -59,7 +60,7 @@ class Section(BaseModel):
 
 class Source(Section):
     name: Text
-    """`stdlib` (built in), a folder, a JSONL or parquet file, or a hub name."""
+    """`stdlib` or `additions` (built in), a folder, a JSONL or parquet file, or a hub name."""
     weight: Positive = 1.0
     """Share of this set's rows that an epoch takes: 0.5 every other row, 2 every row twice."""
     split: Text = "train"
@@ -199,8 +200,8 @@ _Optimizer = Annotated[Optimizer, BeforeValidator(_named, json_schema_input_type
 class Recipe(Section):
     model_name_or_path: Text = "tiny"
     """`tiny` or `small` (built in, random weights), a folder, or a hub name."""
-    init: Literal["pretrained", "random"] = "pretrained"
-    """`random` takes the configuration and draws new weights."""
+    init: Literal["pretrained", "random", "shrunk"] = "pretrained"
+    """`random` takes the configuration and draws new weights; `shrunk` also makes it tiny, with bytes as tokens."""
     config_overrides: dict[str, Any] = {}
     """Fields of the model's configuration to change."""
     model_revision: Text | None = None

@@ -13,7 +13,7 @@ from pydantic.fields import FieldInfo
 
 from distrib.errors import UserError
 from distrib.redaction import clean, learn
-from launch.recipe import ENGINE_KEYS, Recipe, Source
+from launch.recipe import BUILT_IN_SETS, ENGINE_KEYS, Recipe, Source
 from launch.recipe_schema import explain, shown
 from launch.strict_yaml import CONTROL, LONGEST_CHARACTERS, dump, parse
 
@@ -31,6 +31,11 @@ def load_recipe(path: str, overrides: Sequence[str] = ()) -> Recipe:
     tree = parse(_read(path), path)
     if not isinstance(tree, dict):
         raise UserError(f"{path}: {'is empty' if tree is None else 'is not a mapping'}; a recipe is `key: value` lines")
+    return recipe_of(tree, path, overrides)
+
+
+def recipe_of(tree: dict[str, Any], path: str, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe of a file's tree, which the overrides change."""
     for keys, text in sorted(pairs(overrides), key=_width):
         _set(tree, keys, text)
     learn(tree)
@@ -218,7 +223,7 @@ def _models(annotation: Any) -> list[type[BaseModel]]:
 def _beside(recipe: Recipe, folder: Path) -> Recipe:
     def found(source: Source) -> Source:
         beside = str(folder / source.name)
-        if source.name == "stdlib" or os.path.exists(source.name) or not os.path.exists(beside):
+        if source.name in BUILT_IN_SETS or os.path.exists(source.name) or not os.path.exists(beside):
             return source
         return source.model_copy(update={"name": beside})
 

@@ -39,7 +39,7 @@ def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
     Where the model names none, its end token pads. That is safe because labels come from masks, never from a
     comparison with the padding token, so that an end token that ends a document is still learned.
     """
-    if recipe.model_name_or_path in BYTE_MODELS:
+    if recipe.model_name_or_path in BYTE_MODELS or recipe.init == "shrunk":
         return byte_tokenizer()
     tokenizer = _pretrained(recipe)
     if tokenizer.pad_token_id is None and tokenizer.eos_token_id is not None:

@@ -16,7 +16,9 @@ DEVICE = (
     f"{OVERRIDES}; device.memory=80GiB device.count=8 device.flops=400T plan for another device than this machine's"
 )
 FLAGS = ("--json", "--schema", "--help", "-h")
-OWN_FLAGS = {"bench": ("--resume",)}
+SHRINK = ("--shrink",)
+OWN_FLAGS = dict.fromkeys(("train", "verify", "data", "plan", "timeline", "recipe"), SHRINK)
+OWN_FLAGS["bench"] = ("--resume", *SHRINK)
 CHECKPOINT_ACTIONS = ("verify", "list", "repair")
 VALUED_FLAGS = {
     "data": ("--count",),
@@ -84,6 +86,7 @@ def command_parser() -> Parser:
     for needs, made in (*((None, made) for made in needing), ("?", recipe), ("?", doctor)):
         made.usage = f"{made.prog} [options] RECIPE [key=value ...]"
         made.add_argument("recipe", metavar="RECIPE", nargs=needs, help="a YAML file")
+        made.add_argument(*SHRINK, action="store_true", help="the same recipe with tiny sizes, on two ranks at most")
     return parser
 
 

@@ -18,7 +18,8 @@ from typing import IO, Any
 
 from distrib.errors import UserError
 from distrib.redaction import one_line
-from launch.recipe import Source
+from launch.data.additions import additions
+from launch.recipe import BUILT_IN_SETS, Source
 
 Record = dict[str, Any]
 _PROSE = (".txt", ".text", ".md", ".rst", ".tex", ".html")
@@ -58,8 +59,12 @@ class Records:
 def open_source(source: Source) -> Records:
     """Find a source by name: a built-in, then a path, then the hub."""
     path = Path(source.name).expanduser()
-    if source.name == "stdlib":
+    if source.name in BUILT_IN_SETS:
         _only_whole(source, "a built-in set")
+    if source.name == "additions":
+        records = additions()
+        return _records(source, json.dumps(records), lambda: iter(records))
+    if source.name == "stdlib":
         root = Path(sysconfig.get_paths()["stdlib"])
         files = [file for file in _files(root, (".py",)) if not _NOT_LIBRARY & set(file.relative_to(root).parts)]
         return _records(source, _stamp(root, files), lambda: _texts(files))
@@ -68,14 +73,19 @@ def open_source(source: Source) -> Records:
         return _file(source, path)
     if path.is_dir():
         return _folder(source, path)
-    if source.name.startswith((".", "/", "~")) or source.name.count("/") > 1 or _suffix(path):
+    if looks_like_a_path(source.name):
         raise UserError(f"dataset={source.name!r}: no such file or folder; {_choices()}")
     return _hub(source)
 
 
+def looks_like_a_path(name: str) -> bool:
+    """Whatever is there; a hub name does not."""
+    return name.startswith((".", "/", "~")) or name.count("/") > 1 or bool(_suffix(Path(name)))
+
+
 def _choices() -> str:
     kinds = ", ".join(DATA_SUFFIXES)
-    return f"choose stdlib, a file or folder of text or data ({kinds}), or a hub name"
+    return f"choose {', '.join(BUILT_IN_SETS)}, a file or folder of text or data ({kinds}), or a hub name"
 
 
 def _only_whole(source: Source, what: str) -> None:

@@ -4,49 +4,23 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
-SAMPLES = 48
+from launch.data.additions import additions
 
-
-def additions() -> list[tuple[str, int]]:
-    return [(f"{a} + {b} = ", a + b) for a, b in ((7 * i % 50, 11 * i % 40) for i in range(SAMPLES))]
-
-
-def chats() -> list[dict[str, Any]]:
-    return [
-        {
-            "messages": [
-                {"role": "user", "content": question.strip()},
-                {"role": "assistant", "content": str(answer)},
-            ]
-        }
-        for question, answer in additions()
-    ]
-
-
-def preferences() -> list[dict[str, Any]]:
-    return [
-        {"prompt": question, "chosen": str(answer), "rejected": str(answer + 1 + index % 9)}
-        for index, (question, answer) in enumerate(additions())
-    ]
-
-
-def groups() -> list[dict[str, Any]]:
-    return [
-        {
-            "prompt": question,
-            "completions": [str(answer), str(answer + 1), str(answer + 10), "no"],
-            "rewards": [1.0, 0.5, 0.25, 0.0],
-        }
-        for question, answer in additions()
-    ]
+COLUMNS = {
+    "chats.jsonl": ("messages",),
+    "preferences.jsonl": ("prompt", "chosen", "rejected"),
+    "groups.jsonl": ("prompt", "completions", "rewards"),
+}
 
 
 def files() -> dict[str, str]:
     """The text of every file, by name."""
-    sets = {"chats.jsonl": chats(), "preferences.jsonl": preferences(), "groups.jsonl": groups()}
-    return {name: "".join(json.dumps(row) + "\n" for row in rows) for name, rows in sets.items()}
+    rows = additions()
+    return {
+        name: "".join(json.dumps({column: row[column] for column in columns}) + "\n" for row in rows)
+        for name, columns in COLUMNS.items()
+    }
 
 
 if __name__ == "__main__":

@@ -350,7 +350,15 @@ def test_the_schema_takes_what_the_loader_takes() -> None:
     kinds = [option.get("type") or option.get("$ref") for option in root["properties"]["strategy"]["anyOf"]]
     assert kinds == ["string", "#/$defs/Strategy", "array"]
     assert root["properties"]["engine"]["anyOf"][0]["enum"] == ["ddp", "fsdp2", "zero"]
-    assert all("description" in value for value in root["properties"].values())
+
+
+def test_no_key_is_undocumented() -> None:
+    root = recipe_schema.schema()
+    page = (ROOT / "docs" / "recipe.md").read_text()
+    for section in (root, *root["$defs"].values()):
+        for key, value in section["properties"].items():
+            assert value.get("description") or "const" in value or "enum" in value, key
+            assert f"| `{key}` |" in page
 
 
 def test_the_page_of_keys_shows_the_schema() -> None:
