@@ -17,8 +17,10 @@ DEVICE = (
 )
 FLAGS = ("--json", "--schema", "--help", "-h")
 SHRINK = ("--shrink",)
-OWN_FLAGS = dict.fromkeys(("train", "verify", "data", "plan", "timeline", "recipe"), SHRINK)
-OWN_FLAGS["bench"] = ("--resume", *SHRINK)
+OWN_FLAGS: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("train", "verify", "data", "plan", "timeline", "recipe", "doctor"), SHRINK),
+    "bench": ("--resume", *SHRINK),
+}
 CHECKPOINT_ACTIONS = ("verify", "list", "repair")
 VALUED_FLAGS = {
     "data": ("--count",),
