@@ -54,7 +54,7 @@ def place(row: Row, first: Row) -> svg.Point:
 def picture(result: Mapping[str, Any]) -> str:
     rows = [row for row in result["rows"] if row.get("activation_peak_bytes") and row.get("tokens_per_s")]
     series = [
-        svg.Series(row["strategy"], [place(row, rows[0])], style, line=False, hollow=row["fidelity"] not in ("exact", None))
+        svg.Series(row["strategy"], [place(row, rows[0])], style, line=False, hollow=row["fidelity"] != "exact")
         for style, row in enumerate(rows)
     ]
     edge = [
