@@ -17,7 +17,7 @@ DEVICE = (
 )
 FLAGS = ("--json", "--schema", "--help", "-h")
 SHRINK = ("--shrink",)
-OWN_FLAGS = dict.fromkeys(("train", "verify", "data", "plan", "timeline", "recipe"), SHRINK)
+OWN_FLAGS: dict[str, tuple[str, ...]] = dict.fromkeys(("train", "verify", "data", "plan", "timeline", "recipe"), SHRINK)
 OWN_FLAGS["bench"] = ("--resume", *SHRINK)
 CHECKPOINT_ACTIONS = ("verify", "list", "repair")
 VALUED_FLAGS = {
