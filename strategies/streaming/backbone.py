@@ -101,10 +101,15 @@ def is_sharded(module: nn.Module) -> bool:
 def refuse_lost_gradients(backbone: nn.Module, streamed: Callable[[], Iterator[Tensor]]) -> None:
     """Refused when the hidden states that `streamed` gives, at once or in chunks with the last one first, leave the
     embedding another gradient than those of the model as it is."""
+
+    def at_once() -> Tensor:
+        return _input_gradient(backbone, lambda: iter([hidden_states(backbone)]))
+
     with evaluating(backbone), torch.autocast(next(backbone.parameters()).device.type, enabled=False):
         try:
-            precision = precision_of(lambda: hidden_states(backbone))
-            wanted_BTD = _input_gradient(backbone, lambda: iter([hidden_states(backbone)]))
+            # With the gradient: where all is frozen, as in a reference's turn, nothing else is kept.
+            precision = precision_of(at_once)
+            wanted_BTD = at_once()
             found_BTD = _input_gradient(backbone, streamed)
         except Exception as error:
             raise Refused(f"{type(backbone).__name__} cannot be compared with itself: {one_line(error)}") from error
