@@ -9,10 +9,11 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 # Pages in the order of the sidebar, from docs/; a star takes what it fits.
 NAV = {
-    "Begin": ["choose", "recipe", "data", "troubleshooting", "glossary"],
-    "Train": ["launching", "runs", "reliability", "four-bit-base", "tensor-parallel", "security"],
-    "Measure": ["verify", "plan", "bench", "energy", "timeline"],
-    "Strategies": ["strategies/plain", "strategies/*", "adding-a-strategy", "families"],
+    "Begin": ["choose", "recipes", "recipe", "data", "troubleshooting", "glossary"],
+    "Train": ["launching", "clusters", "runs", "reliability", "four-bit-base", "security"],
+    "Split": ["tensor-parallel", "context-parallel"],
+    "Measure": ["doctor", "verify", "plan", "scaling", "bench", "energy", "timeline"],
+    "Strategies": ["strategies/plain", "strategies/*", "compatibility", "other-loops", "adding-a-strategy", "families"],
     "Results": ["results/index", "results/*"],
     "Ebbtide": ["../README", "../CONTRIBUTING", "../CHANGELOG"],
 }

@@ -27,7 +27,6 @@ from strategies.streaming.store import StreamCache, forget
 from strategies.streaming.visibility import within
 
 Bounds = Sequence[tuple[int, int]]
-STATISTICS = ("logprob", "logsumexp", "entropy", "mean_logprob")
 
 
 @dataclass(frozen=True)
