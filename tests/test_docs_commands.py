@@ -44,6 +44,7 @@ COSTLY = re.compile(r"nproc|^bench|--recorded")
 # Cheap arguments for those that tests/test_benchmarks.py does not run.
 BENCHMARKS = {
     "activations": "--models llama --length 64 --steps 1 --repeats 1",
+    "choose": f"{ROOT}/docs/results/choose-cpu.json choose.svg",
     "energy": "--model 32x1 --length 32 --steps 1 --repeats 2",
     "loop": "--shape 32x2 --vocabulary 128 --length 64 --steps 1 --repeats 1",
     "max_length": "32MiB --model 64x2 --vocabulary 128 --sides plain",
@@ -71,7 +72,7 @@ def kind(command: Command) -> str:
     """The first word, of Python what it runs."""
     first, *rest = command.words
     if Path(first).name != "python":
-        return first
+        return Path(first).name
     if rest[0] != "-m":
         return str(Path(rest[0]).parent)
     return rest[1].split(".")[0]
@@ -185,6 +186,8 @@ def test_words_and_overrides_are_understood(words: tuple[str, ...], command: Com
 def run(words: tuple[str, ...], command: Command, capsys: pytest.CaptureFixture[str]) -> None:
     messages = [line for line in command.says.splitlines() if line.startswith("ebbtide: ")]
     expected = 2 if messages else 0
+    for fitted in Path().glob("fitted.*"):
+        fitted.unlink()
     code = cli.main(filled(words) if messages else tiny(words))
     said = capsys.readouterr()
     assert code == expected, said.err
