@@ -46,7 +46,8 @@ def row_of(path: Path, result: dict[str, Any]) -> tuple[str, dict[str, int], str
 
     row = result["rows"][0]
     if "pipeline" in result:
-        schedule = next(one.model_dump()["schedule"] for one in load_recipe(str(path)).strategy if one.name == "twobp")
+        given = next(one for one in load_recipe(str(path)).strategy if one.name == "twobp")
+        schedule = given.model_dump().get("schedule", "h1")
         row = next(row for row in result["rows"] if row["schedule"] == schedule)
     if "why" in row:
         return f"{row['status']}: {row['why']}", {}, row["status"]
