@@ -175,7 +175,7 @@ def _sizes(config: Any) -> dict[str, Any]:
     hidden = small * HEAD if ratio == 1 else _rounded(small * HEAD * ratio)
     sizes = {"num_attention_heads": small, "num_key_value_heads": few, "head_dim": HEAD, "hidden_size": hidden}
     for key in SCALED:
-        if size := getattr(config, key, None):
+        if isinstance(size := getattr(config, key, None), int):
             sizes[key] = _rounded(size * hidden / config.hidden_size)
     sizes |= {key: min(getattr(config, key, None) or 0, EXPERTS) for key in COUNTED}
     sizes["num_experts_per_tok"] = min(getattr(config, "num_experts_per_tok", None) or 0, EXPERTS // 2)
