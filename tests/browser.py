@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 TIMEOUT_S = 30
+FIRST_S = 3
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 FLAGS = [
     "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run", "--disable-sync",
@@ -62,6 +63,9 @@ class Browser:
         self._session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         for domain in ("Page", "Runtime", "Log", "Network", "Accessibility"):
             self.call(f"{domain}.enable")
+        # With its first page Chromium looks for its search engine, whatever the page is.
+        self.call("Page.navigate", url="data:,")
+        self.connected(FIRST_S)
 
     def _forget(self) -> None:
         self.said: list[str] = []

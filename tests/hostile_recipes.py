@@ -10,6 +10,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 SHIPPED = [path.read_text() for path in sorted((ROOT / "recipes").glob("*.yaml"))]
 CANARY = "canary"
+ADAPTERS = ["lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "load_in_4bit"]
 
 COUNTS = [
     "max_length",
@@ -178,7 +179,7 @@ def odd_override(dice: random.Random, text: str) -> Wrong:
 def section(dice: random.Random, text: str) -> Wrong:
     given, says = dice.choice(SECTIONS)
     keys = [line.split(":")[0] for line in given.splitlines()]
-    return Wrong("section", f"{without(text, *keys, 'lora_r', 'packing', 'strategy')}{given}\n".encode(), says)
+    return Wrong("section", f"{without(text, *keys, *ADAPTERS, 'packing', 'strategy')}{given}\n".encode(), says)
 
 
 def unknown_key(dice: random.Random, text: str) -> Wrong:

@@ -113,8 +113,9 @@ def model() -> torch.nn.Module:
 def test_python_runs(block: Block, model: torch.nn.Module) -> None:
     batch = reference.cases()["one"][0]
     names = {"__name__": "docs", "model": model, "ids": batch["input_ids"], "labels": batch["labels"]}
+    names |= {"mask": torch.ones_like(batch["input_ids"]), "my_loss": lambda logits: logits.square().mean()}
     exec(compile(block.text, block.where, "exec"), names)
-    if "prepare" in block.text:
+    if "prepare" in block.text or "attach" in block.text:
         assert all(p.grad is not None for p in model.parameters())
 
 

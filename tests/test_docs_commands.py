@@ -40,7 +40,7 @@ PLACEHOLDERS = {
 MODEL = {"num_hidden_layers": 4, "hidden_size": 32, "intermediate_size": 48}
 TINY = ("dataset=rows.jsonl", "max_length=64", *(f"config_overrides.{key}={value}" for key, value in MODEL.items()))
 SHORTER = {"train": ("max_steps=2",), "bench": ("--repeats", "1", "--steps", "1")}
-COSTLY = re.compile(r"nproc|^bench|--recorded")
+COSTLY = re.compile(r"nproc|^bench|--recorded|recipes/(?!tiny)")
 # Cheap arguments for those that tests/test_benchmarks.py does not run.
 BENCHMARKS = {
     "activations": "--models llama --length 64 --steps 1 --repeats 1",
@@ -143,8 +143,10 @@ def here(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def tiny(words: Sequence[str]) -> list[str]:
     """The words with a small model, little data, short lengths, two ranks and two compared strategies at most."""
     words = [re.sub(r"^nproc=\d+", "nproc=2", word) for word in filled(words)]
-    if words[0] not in cli.WITH_RECIPE or words[0] == "timeline" or "--schema" in words:
+    if words[0] not in cli.WITH_RECIPE or words[0] == "timeline" or not apart(words)[0].recipe:
         return words
+    if re.match(r"recipes/(?!tiny)", words[1]):
+        return [*words, *(["--shrink"] if "--shrink" not in words else [])]
     more = [*TINY, *SHORTER.get(words[0], ())]
     if words[0] in ("plan", "bench") and "--strategies" not in words:
         more += ["--strategies", "plain"]
@@ -160,7 +162,7 @@ def tiny(words: Sequence[str]) -> list[str]:
 def test_every_line_is_of_a_known_kind() -> None:
     known = {
         *("ebbtide", "launch", "benchmarks", "make", "pip", "pytest", "torchrun", "srun", "accelerate"),
-        *("sweep", "pipeline_families", "docker", "kubectl", "sbatch", "bash"),
+        *("sweep", "pipeline_families", "docker", "kubectl", "sbatch", "bash", "recipes/loops"),
     }
     unknown = [f"{command.where}: {command}" for command in ALL if kind(command) not in known]
     assert not unknown, "say in tests/test_docs_commands.py how these are run"
@@ -282,6 +284,12 @@ def test_a_benchmark_runs(name: str, tmp_path: Path) -> None:
     assert done.stdout
 
 
+@of("recipes/loops")
+def test_loops_of_others_are_run_by_their_tests(command: Command) -> None:
+    """tests/strategies/test_other_loops.py runs all of that folder."""
+    assert (ROOT / command.words[1]).is_file()
+
+
 @of("make")
 def test_make_has_the_target(command: Command) -> None:
     targets = set(re.findall(r"^([a-z][\w-]*):", (ROOT / "Makefile").read_text(), re.MULTILINE))
@@ -325,5 +333,5 @@ def test_files_that_clusters_are_given_are_there() -> None:
     for command in ALL:
         if kind(command) in ("docker", "kubectl", "sbatch", "bash"):
             for word in command.words[1:]:
-                if (ROOT / word.split("/")[0]).is_dir() and "/" in word:
+                if "/" in word[1:] and not word.startswith("/") and (ROOT / word.split("/")[0]).is_dir():
                     assert (ROOT / word).exists(), f"{command.where}: {word}"

@@ -24,7 +24,7 @@ from launch.nodes import Nodes, Relay
 from launch.spawn import Job
 
 HANG_S = 5.0
-WAIT_S = 240
+WAIT_S = 600
 
 
 @pytest.fixture(scope="module")

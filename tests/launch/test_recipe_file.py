@@ -114,7 +114,7 @@ def test_traps_of_yaml_are_refused_with_their_line(tmp_path: Path, text: str | b
     ("text", "said"),
     [
         ("optimiser: adamw", "FILE: unknown key 'optimiser', did you mean optimizer?"),
-        ("engine: {name: zero, stge: 3}", "unknown key 'engine.stge', did you mean stage? (choose name, off"),
+        ("engine: {name: zero, stge: 3}", "unknown key 'engine.stge', did you mean stage? (choose context_par"),
         ("dataset: [{name: a, wieght: 2}]", "unknown key 'dataset.0.wieght', did you mean weight?"),
         ("objective: {name: dpo, clip: 1}", "unknown key 'objective.clip' (choose beta, label_smoothing, "),
         ("qqq: 1", "unknown key 'qqq' (`ebbtide recipe --schema` lists the keys)"),
@@ -188,7 +188,7 @@ def test_a_path_that_is_no_file_is_one_line(tmp_path: Path, kind: str) -> None:
 
 
 def engine(name: str, stage: int, offload: bool) -> dict[str, Any]:
-    return {"name": name, "stage": stage, "offload": offload, "tensor_parallel": 1}
+    return {"name": name, "stage": stage, "offload": offload, "tensor_parallel": 1, "context_parallel": 1}
 
 
 @pytest.mark.parametrize(

@@ -127,7 +127,7 @@ def test_what_cannot_stay_is_said(tmp_path: Path) -> None:
 
 def test_ranks_shrink_as_the_command_does(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     started: list[Any] = []
-    monkeypatch.setattr(cli, "spawn", lambda words, ranks, restarts: started.append((words, ranks)) or 0)
+    monkeypatch.setattr(cli, "spawn", lambda words, ranks, *_: started.append((words, ranks)) or 0)
     path = str(PATHS["llama-8b-lora"])
     assert cli.main(["train", path, "--shrink", "lora_r=2"]) == 0
     assert started == [(["train", path, "--shrink", "lora_r=2"], 2)]

@@ -205,7 +205,7 @@ def test_what_a_bare_loop_cannot_have_is_refused_at_once():
         ([strategies.get("twobp")()], several, "strategy twobp with 2 processes"),
         ([strategies.get("twobp")(stages=2)], Topology(), "strategy.stages=2 with 1 ranks"),
         ([Whole()], Topology(), "strategy Whole runs whole steps only"),
-        ([*SECO, strategies.get("streambp")()], Topology(), "strategies streambp and seco both run the layers"),
+        ([*SECO, strategies.get("streambp")()], Topology(), "strategies seco and streambp both cut the sequence"),
     ]
     model = build("llama")
     before = {name: type(part) for name, part in model.named_modules()}
