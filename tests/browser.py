@@ -13,11 +13,13 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 TIMEOUT_S = 30
-FIRST_S = 3
+ITS_OWN = b"CONNECT www.google.com:443 "
+"""Chromium looks for its search engine, whatever the page is."""
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 FLAGS = [
     "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run", "--disable-sync",
@@ -63,9 +65,6 @@ class Browser:
         self._session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         for domain in ("Page", "Runtime", "Log", "Network", "Accessibility"):
             self.call(f"{domain}.enable")
-        # With its first page Chromium looks for its search engine, whatever the page is.
-        self.call("Page.navigate", url="data:,")
-        self.connected(FIRST_S)
 
     def _forget(self) -> None:
         self.said: list[str] = []
@@ -143,11 +142,14 @@ class Browser:
             self.call("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=code, **text)
 
     def connected(self, patience_s: float = 0) -> bool:
-        """Whether anything reached the proxy since the last call."""
-        waiting = bool(select.select([self.proxy], [], [], patience_s)[0])
+        """Whether a page reached the proxy since the last call."""
+        end, found = time.monotonic() + patience_s, False
+        while not found and select.select([self.proxy], [], [], max(0, end - time.monotonic()))[0]:
+            with self.proxy.accept()[0] as connection:
+                found = not (select.select([connection], [], [], 1)[0] and connection.recv(99).startswith(ITS_OWN))
         while select.select([self.proxy], [], [], 0)[0]:
             self.proxy.accept()[0].close()
-        return waiting
+        return found
 
     def close(self) -> None:
         os.close(self._to)

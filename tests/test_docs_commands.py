@@ -40,7 +40,7 @@ PLACEHOLDERS = {
 MODEL = {"num_hidden_layers": 4, "hidden_size": 32, "intermediate_size": 48}
 TINY = ("dataset=rows.jsonl", "max_length=64", *(f"config_overrides.{key}={value}" for key, value in MODEL.items()))
 SHORTER = {"train": ("max_steps=2",), "bench": ("--repeats", "1", "--steps", "1")}
-COSTLY = re.compile(r"nproc|^bench|--recorded|recipes/(?!tiny)")
+COSTLY = re.compile(r"nproc|^bench|--recorded|gc\+ce|twobp|recipes/(?!tiny)")
 # Cheap arguments for those that tests/test_benchmarks.py does not run.
 BENCHMARKS = {
     "activations": "--models llama --length 64 --steps 1 --repeats 1",
@@ -49,6 +49,7 @@ BENCHMARKS = {
     "loop": "--shape 32x2 --vocabulary 128 --length 64 --steps 1 --repeats 1",
     "max_length": "32MiB --model 64x2 --vocabulary 128 --sides plain",
     "recompute": "--model 64x2 --length 128 --vocabulary 128 --steps 1 --repeats 1 --sides plain,recompute",
+    "scaling": "--model 64x2 --length 32 --repeats 1",
     "spaco": "seco --seconds 1 --seeds 1 --learning-rates 1e-3 --length 128",
     "stage_costs": "--small --length 32 --repeats 2",
     "streaming": "--model 64x2 --length 128 --vocabulary 128 --steps 1 --repeats 1 --sides plain,streambp:chunk=64",

@@ -225,6 +225,7 @@ def test_ranks_of_two_machines_are_one_report(two_ranks: Ranks) -> None:
         show.section(name, result[name])
 
 
+@pytest.mark.slow
 def test_a_rank_that_hangs_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "hanging.py").write_text(
         "import os, time\n"

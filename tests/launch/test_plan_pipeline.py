@@ -132,6 +132,7 @@ def recipe_file(folder: Path, more: str = "") -> str:
     return str(path)
 
 
+@pytest.mark.slow
 def test_the_fitted_recipe_trains_what_was_advised(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     fit = tmp_path / "fitted.yaml"
     more = "strategy: [{name: twobp, stages: 2}, {name: recompute, policy: full}]\nnproc: 2\n"

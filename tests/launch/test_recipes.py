@@ -184,6 +184,7 @@ def test_shipped_sizes_make_the_published_number_of_parameters(name: str) -> Non
     assert sum(parameter.numel() for parameter in model.parameters()) == SIZES[name]
 
 
+@pytest.mark.slow
 def test_packed_rows_stream_as_long_ones_do() -> None:
     """A plan must not take whole masks for layers that run in chunks."""
     totals = []
