@@ -170,7 +170,7 @@ def make(path, content):
 
 
 WRONG = [
-    ("gone.jsonl", None, {}, "no such file or folder; choose stdlib, a file or folder"),
+    ("gone.jsonl", None, {}, "no such file or folder; choose stdlib, additions, a file or folder"),
     ("folder/gone", None, {}, "no such file or folder"),
     ("a.jsonl", b'{"text": "ok"}\n{"text": \n', {}, "cannot be read: line 2 is not JSON: "),
     ("a.jsonl", b'{"text": "ok"}\n[1]\n', {}, "line 2 is list, must be an object"),
