@@ -101,7 +101,7 @@ def test_shrunk_it_is_the_same_with_tiny_sizes(name: str) -> None:
 )
 def test_shrunk_it_trains_on_two_ranks(tmp_path: Path, name: str) -> None:
     run = tmp_path / name
-    recipe, _ = load_shrunk(str(PATHS[name]), ["global_batch_size=4", "energy.idle_s=0", f"output_dir={run}"])
+    recipe, _ = load_shrunk(str(PATHS[name]), ["energy.idle_s=0", f"output_dir={run}"])
     trained(recipe, 2)
     losses = [line["loss"] for line in lines(run)]
     assert len(losses) == 3
