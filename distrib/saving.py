@@ -8,12 +8,13 @@ leaves the checkpoint before as it was. Errors are noted where they happen and c
 
 from __future__ import annotations
 
+import gc
 import io
 import os
 import shutil
 import threading
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -61,6 +62,19 @@ class CopyBuffer:
         return parts
 
 
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """Without a search for garbage: to plan a checkpoint makes many small objects, for which Python would look through
+    all that a large program has, more than once."""
+    before = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if before:
+            gc.enable()
+
+
 class Saving:
     """One checkpoint in the making. Every rank makes one, and ends it with `finish`, in the same steps."""
 
@@ -77,7 +91,8 @@ class Saving:
         if buffer is not None:
             buffer.clear()
             held: dict[str, _Held] = {}
-            engine.save(lambda name: held.setdefault(name, _Held(buffer)))
+            with uncollected():
+                engine.save(lambda name: held.setdefault(name, _Held(buffer)))
             self._thread = threading.Thread(target=self._write, args=(held,), daemon=True)
             self._thread.start()
         else:
