@@ -244,11 +244,7 @@ def plan(recipe: Recipe, device: Device, wanted: str | None = None, engines: str
         with unheard("ebbtide"):
             return plan_pipeline(recipe.model_copy(update={"engine": kinds[0]}), device, alone)
     planner = Planner(recipe, device)
-    for key in ("tensor_parallel", "context_parallel"):
-        if split := [ranks for kind in kinds if (ranks := getattr(kind, key)) > 1]:
-            raise Refused(
-                f"engine.{key}={split[0]}: a plan does not count what is split over ranks; set engine.{key}=1"
-            )
+    refuse_split(kinds)
     cases = [(side, engine) for side in chosen for engine in kinds]
     rows = [planner.row(*case) for case in tqdm(cases, desc="plan", unit="row", leave=False, file=sys.stderr)]
     best = recommend(rows, recipe)
@@ -292,6 +288,14 @@ def default_sides(recipe: Recipe) -> list[str]:
         if kind.fidelity is strategies.Fidelity.EXACT and "offload" in kind.__dataclass_fields__:
             found.append(f"{name}:offload=true")
     return list(dict.fromkeys([own, *found, "gc", "gc+ce"]))
+
+
+def refuse_split(kinds: Sequence[Engine]) -> None:
+    for key in ("tensor_parallel", "context_parallel"):
+        if split := [ranks for kind in kinds if (ranks := getattr(kind, key)) > 1]:
+            raise Refused(
+                f"engine.{key}={split[0]}: a plan does not count what is split over ranks; set engine.{key}=1"
+            )
 
 
 def label_of(engine: Engine) -> str:

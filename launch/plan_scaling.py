@@ -22,7 +22,7 @@ from launch.forecast import Regime
 from launch.layer_times import LayerTimes, layer_times, update_s
 from launch.machine import host
 from launch.models import build
-from launch.plan import Planner, engines_of, label_of, unheard
+from launch.plan import Planner, engines_of, label_of, refuse_split, unheard
 from launch.plan_pipeline import PipelinePlanner, pipelined
 from launch.recipe import Engine, Recipe
 from launch.recipe_file import global_batch
@@ -252,11 +252,7 @@ def plan_scaling(recipe: Recipe, node: Device, nodes: str, wanted: str | None, e
     for side in chosen:
         sides.strategies_of(side)
     kinds = engines_of(recipe, engines or ENGINES)
-    if split := [kind for kind in kinds if kind.tensor_parallel > 1]:
-        raise Refused(
-            f"engine.tensor_parallel={split[0].tensor_parallel}: what crosses ranks within a layer is not predicted; "
-            "set engine.tensor_parallel=1"
-        )
+    refuse_split(kinds)
     scale = Scale(recipe, node)
     cases = [(count, side, engine) for side in chosen for engine in kinds for count in counts]
     with unheard("ebbtide"):

@@ -16,7 +16,7 @@ from launch import cli
 from launch.device import Device, device_of
 from launch.models import build, load_config
 from launch.plan_pipeline import PipelinePlanner
-from launch.plan_scaling import Scale, links_of, nodes_of, script_of
+from launch.plan_scaling import Scale, links_of, nodes_of, plan_scaling, script_of
 from launch.recipe import Engine, Recipe
 from launch.scaling import (
     Group,
@@ -346,6 +346,13 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert (four["step_s"], four["tokens_per_s"], four["efficiency"]) == (None, None, None)
     assert four["sent_bytes"]["all_reduce"] == pytest.approx(one["sent_bytes"]["all_reduce"] * (7 / 8) / (1 / 2))
     assert cli.main([*words, "--fit", str(tmp_path / "out.yaml")]) == 2
+
+
+@pytest.mark.parametrize("key", ["tensor_parallel", "context_parallel"])
+def test_ranks_that_share_a_layer_or_a_sequence_are_refused(key: str) -> None:
+    recipe = Recipe.model_validate({"engine": {"name": "fsdp2", key: 2}})
+    with pytest.raises(UserError, match=rf"^engine\.{key}=2: a plan does not count"):
+        plan_scaling(recipe, device_of({"memory": "80GiB"}, 2), "2", None, None)
 
 
 @pytest.mark.parametrize("text", ["0", "1,", "two", "1,1", "-1"])
