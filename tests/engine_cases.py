@@ -68,7 +68,8 @@ def make_engine(
     config = load_config(made_from)
     model = build(made_from, config, dtype)
     chosen = strategies.build([{"name": strategy, **small(strategy)}])
-    topology = replace(topology, tensor=made_from.engine.tensor_parallel)
+    asked = made_from.engine
+    topology = replace(topology, tensor=asked.tensor_parallel, context=asked.context_parallel)
     strategies.edit(model, chosen, topology)
     weights = TrainedAdapter(made_from, config, topology)
     settings = Settings(OptimizerSpec(), made_from.bf16, made_from.compile, made_from.engine.stage)

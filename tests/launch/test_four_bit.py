@@ -219,6 +219,7 @@ CASES: list[tuple[str, int, dict[str, Any]]] = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("engine", "world", "changes"), CASES)
 def test_a_killed_run_goes_on_bit_for_bit(
     tmp_path: Path, dataset: str, engine: str, world: int, changes: dict[str, Any]
@@ -297,6 +298,7 @@ def test_dpo_starts_from_its_reference(tmp_path: Path) -> None:
     assert losses[-1] < losses[0]
 
 
+@pytest.mark.slow
 def test_no_more_than_a_block_is_unpacked_while_loading(
     tmp_path: Path, dataset: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -72,6 +72,7 @@ def assert_two_ranks_trained(workplace: Path, name: str, codes: list[int], said:
     assert [line["loss"] for line in lines(workplace / name)] == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_torchrun_on_two_nodes(workplace: Path) -> None:
     endpoint = f"127.0.0.1:{free_port()}"
     node = ("--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d", "--rdzv-endpoint", endpoint)
@@ -118,6 +119,7 @@ def test_srun(workplace: Path) -> None:
     assert_two_ranks_trained(workplace, "srun", codes, said)
 
 
+@pytest.mark.slow
 def test_a_batch_script_without_srun_starts_its_own_ranks(workplace: Path) -> None:
     environment = {name: value for name, value in slurm(0).items() if "STEP" not in name} | {"SLURM_NTASKS": "8"}
     result = together([train(workplace, "batch", "nproc=2")], [environment])
@@ -134,6 +136,7 @@ def test_nproc_that_contradicts_the_launcher_is_said(workplace: Path) -> None:
     ]
 
 
+@pytest.mark.slow
 def test_torchrun_adds_its_table_to_a_mistake(workplace: Path) -> None:
     """Our line comes first and once; the exit code is torchrun's."""
     command = (*TORCHRUN, "--standalone", "--nproc-per-node", "2", *train(workplace, "wrong", "max_length=99999"))

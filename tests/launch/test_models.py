@@ -247,8 +247,7 @@ def test_random_weights_need_no_file_and_follow_the_seed(folder: Path) -> None:
     assert len({tuple(start) for start in matrices}) == len(matrices)
 
 
-@pytest.mark.parametrize("lora_r", [0, 4])
-@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(("tied", "lora_r"), [(True, 0), (False, 4)])
 def test_random_weights_do_not_depend_on_the_engine_or_the_ranks(
     tmp_path: Path, dataset: str, tied: bool, lora_r: int
 ) -> None:

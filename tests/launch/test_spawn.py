@@ -271,6 +271,7 @@ def test_ranks_stop_when_what_started_them_is_killed(environment: dict[str, str]
     assert [note.count("saved") for note in notes(environment)] == [1, 1]
 
 
+@pytest.mark.slow
 def test_under_torchrun_the_same_entry_is_one_rank(environment: dict[str, str]) -> None:
     command = [
         sys.executable,

@@ -95,7 +95,7 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path: Path, dataset: str, world: i
     assert exact(tmp_path / "cut") == exact(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("engine", ["ddp", pytest.param("fsdp2", marks=pytest.mark.slow)])
 def test_a_run_goes_on_with_other_stages(tmp_path: Path, dataset: str, engine: str) -> None:
     common: dict[str, Any] = {"save_steps": 2, "config_overrides": SHAPE, "engine": engine}
     trained(recipe(tmp_path / "one", dataset, max_steps=8, **common))
