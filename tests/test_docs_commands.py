@@ -149,6 +149,9 @@ def tiny(words: Sequence[str]) -> list[str]:
     if re.match(r"recipes/(?!tiny)", words[1]):
         return [*words, *(["--shrink"] if "--shrink" not in words else [])]
     more = [*TINY, *SHORTER.get(words[0], ())]
+    if "nproc=2" in words and not any(word.startswith("output_dir=") for word in words):
+        # Another number of ranks is another batch.
+        more.append("output_dir=runs/of-two")
     if words[0] in ("plan", "bench") and "--strategies" not in words:
         more += ["--strategies", "plain"]
     for flag, least in (("--lengths", "64"), ("--max-length", "16MiB")):
