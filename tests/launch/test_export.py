@@ -126,8 +126,8 @@ def test_an_adapter_loads_with_peft(
     with torch.no_grad():
         adapted, alone = model(IDS).logits, whole(IDS).logits
         untouched = AutoModelForCausalLM.from_pretrained(place)(IDS).logits
-    # In float32, a product or two.
-    assert (adapted - alone).abs().max() < 1e-5
+    # In float32; processors add up in their own order.
+    assert (adapted - alone).abs().max() < 2e-6
     assert (adapted - untouched).abs().max() > 1e-3
 
 
