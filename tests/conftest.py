@@ -16,6 +16,16 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton
 
 
+@pytest.fixture(autouse=True)
+def same_environment() -> Iterator[None]:
+    """DeepSpeed leaves a LOCAL_RANK behind, by which a command of a later test would think that torchrun started it."""
+    before = dict(os.environ)
+    yield
+    for name in os.environ.keys() - before.keys():
+        del os.environ[name]
+    os.environ.update(before)
+
+
 @pytest.fixture(scope="session")
 def two_ranks() -> Iterator[Ranks]:
     with Ranks(2) as pool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -60,15 +61,31 @@ class Run:
         script.chmod(0o755)
         environment |= {"PATH": f"{self.folder}:{os.environ['PATH']}", "MASTER_ADDR": ADDRESSES[0]}
         for node, name in enumerate(self.machines):
-            self.processes.append(
-                subprocess.Popen(
-                    ["ip", "netns", "exec", name, str(ROOT / "docker" / "entry.sh"), "train", words[-1]],
-                    env=environment | {"PET_NNODES": "2", "JOB_COMPLETION_INDEX": str(node)},
-                    cwd=self.folder,
-                    stderr=subprocess.PIPE,
-                    text=True,
+            with self._said(node).open("wb") as stderr:
+                self.processes.append(
+                    subprocess.Popen(
+                        ["ip", "netns", "exec", name, str(ROOT / "docker" / "entry.sh"), "train", words[-1]],
+                        env=environment | {"PET_NNODES": "2", "JOB_COMPLETION_INDEX": str(node)},
+                        cwd=self.folder,
+                        stderr=stderr,
+                    )
                 )
-            )
+
+    def _said(self, node: int) -> Path:
+        return self.folder / f"said-{node}.txt"
+
+    def said(self) -> list[str]:
+        """By each machine so far."""
+        return [self._said(node).read_text() for node in range(len(self.machines))]
+
+    def struck(self) -> float:
+        """Waits until the fault has; when that was."""
+        end = time.monotonic() + WAIT_S
+        while not (notes := [note.read_text() for note in self.folder.glob("struck-*")]) or not notes[0]:
+            assert all(process.poll() is None for process in self.processes), self.said()
+            assert time.monotonic() < end, self.said()
+            time.sleep(0.1)
+        return float(notes[0])
 
     def listening(self) -> list[set[str]]:
         """The addresses at which each machine can be called."""
@@ -77,8 +94,7 @@ class Run:
 
     def end(self) -> tuple[list[int], list[str]]:
         """Exit codes, and what each machine said."""
-        said = [process.communicate(timeout=WAIT_S)[1] for process in self.processes]
-        return [process.returncode for process in self.processes], said
+        return [process.wait(WAIT_S) for process in self.processes], self.said()
 
     def kill(self) -> None:
         for process in self.processes:

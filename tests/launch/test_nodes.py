@@ -24,7 +24,6 @@ from launch.nodes import Nodes, Relay
 from launch.spawn import Job
 
 HANG_S = 5.0
-WAIT_S = 600
 
 
 @pytest.fixture(scope="module")
@@ -51,15 +50,6 @@ def running(machines: list[str], folder: Path, dataset: str, fault: Fault, **cha
         run.kill()
 
 
-def struck(folder: Path) -> float:
-    """Waits until the fault has; when that was."""
-    end = time.monotonic() + WAIT_S
-    while not (notes := [note.read_text() for note in folder.glob("struck-*")]) or not notes[0]:
-        assert time.monotonic() < end, "the fault did not strike"
-        time.sleep(0.1)
-    return float(notes[0])
-
-
 def assert_whole(folder: Path, whole: Path) -> None:
     assert exact(folder) == exact(whole)
     weights = Path("final", "model.safetensors")
@@ -71,7 +61,7 @@ def test_a_machine_that_is_cut_off_is_named_and_the_run_goes_on(
 ) -> None:
     fault = Fault("cut", "step", 1)
     with running(machines, tmp_path, dataset, fault, hang_timeout_s=HANG_S) as run:
-        cut_s, listening = struck(tmp_path), run.listening()
+        cut_s, listening = run.struck(), run.listening()
         codes, said = run.end()
     logs = [tmp_path / "run" / "logs" / f"node-{node}.log" for node in range(2)]
     last_s = [round(log.stat().st_mtime - cut_s, 1) for log in logs]
@@ -98,7 +88,7 @@ def test_a_machine_that_is_told_to_stop_stops_all(
 ) -> None:
     """As a cluster does it: the signal comes to the entry."""
     with running(machines, tmp_path, dataset, Fault("pause", "step", 0), max_steps=6) as run:
-        struck(tmp_path)
+        run.struck()
         run.processes[node].send_signal(signal.SIGTERM)
         codes, said = run.end()
     assert codes == [75, 75], said
