@@ -192,6 +192,8 @@ def _typed(keys: list[str], text: str) -> Any:
         value = parse(text, ".".join(keys))
     except UserError:
         return text
+    if isinstance(value, str) and "\n" in text and text[0] not in "\"'|>":
+        value = text  # YAML would fold its lines into one
     for field in _fields(keys):
         adapter: TypeAdapter[Any] = TypeAdapter(Annotated[field.annotation, field])  # type: ignore[arg-type]
         for candidate in (value,) if isinstance(value, str | list | dict) else (value, text):
