@@ -251,7 +251,7 @@ def compared(side: Side, layers: Layers, groups: dict[int, Any], repeats: int, h
             found["step_s"].append(step_s)
             found["ratio"].append(side.predicted(shared, each_s, links) / step_s)
             found["cores"].append(side.predicted(crowded, each_s, links) / step_s)
-            found["sharing"].append(sum(shared.layer) / sum(lone.layer))
+            found["sharing"].append(sum(shared.layer) / max(1e-9, sum(lone.layer)))
             found["links"].append({kind: links.links[kind, topology.world] for kind in KINDS if kind != "send"})
     should = sum(sent_bytes(paper["messages"], gloo=True).values())
     did = sum(

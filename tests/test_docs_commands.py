@@ -20,6 +20,7 @@ import tomllib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import pytest
 import test_benchmarks
@@ -45,8 +46,8 @@ COSTLY = re.compile(r"nproc|^bench|--recorded|gc\+ce|twobp|recipes/(?!tiny)")
 BENCHMARKS = {
     "activations": "--models llama --length 64 --steps 1 --repeats 1",
     "choose": f"{ROOT}/docs/results/choose-cpu.json choose.svg",
-    "energy": "--model 32x1 --length 32 --steps 1 --repeats 2",
-    "loop": "--shape 32x2 --vocabulary 128 --length 64 --steps 1 --repeats 1",
+    "energy": "--model 64x1 --length 32 --steps 1 --repeats 2",
+    "loop": "--shape 256x2 --vocabulary 128 --length 64 --steps 1 --repeats 1",
     "max_length": "32MiB --model 64x2 --vocabulary 128 --sides plain",
     "recompute": "--model 64x2 --length 128 --vocabulary 128 --steps 1 --repeats 1 --sides plain,recompute",
     "scaling": "--model 64x2 --length 32 --repeats 1",
@@ -146,12 +147,12 @@ def tiny(words: Sequence[str]) -> list[str]:
     words = [re.sub(r"^nproc=\d+", "nproc=2", word) for word in filled(words)]
     if words[0] not in cli.WITH_RECIPE or words[0] == "timeline" or not apart(words)[0].recipe:
         return words
-    if re.match(r"recipes/(?!tiny)", words[1]):
-        return [*words, *(["--shrink"] if "--shrink" not in words else [])]
-    more = [*TINY, *SHORTER.get(words[0], ())]
-    if "nproc=2" in words and not any(word.startswith("output_dir=") for word in words):
-        # Another number of ranks is another batch.
-        more.append("output_dir=runs/of-two")
+    if real := re.match(r"recipes/(?!tiny)", words[1]):
+        words = [re.sub(r"^device\.count=\d+", "device.count=2", word) for word in words]
+    more = [*(["--shrink"] if "--shrink" not in words else [])] if real else [*TINY, *SHORTER.get(words[0], ())]
+    if words[0] == "train" and (real or "nproc=2" in words):
+        # Another model, engine or number of ranks is another run.
+        more.append(f"output_dir=runs/of-{crc32(' '.join(words).encode()):x}")
     if words[0] in ("plan", "bench") and "--strategies" not in words:
         more += ["--strategies", "plain"]
     for flag, least in (("--lengths", "64"), ("--max-length", "16MiB")):
@@ -245,7 +246,7 @@ def test_torchrun_starts_two_ranks_as_the_docs_say(here: Path) -> None:
         launcher = list(command.words[1 : command.words.index("-m")])
         launcher[launcher.index("--nproc-per-node") + 1] = "2"
         run_folder = here / f"torchrun-{len(launcher)}"
-        given = [*tiny(ours(command.words) or ()), f"output_dir={run_folder}", "global_batch_size=2"]
+        given = [*tiny(ours(command.words) or ()), f"output_dir={run_folder}", "global_batch_size=8"]
         start = [sys.executable, "-m", "torch.distributed.run", *launcher, "-m", "launch", *given]
         done = subprocess.run(start, cwd=here, capture_output=True, text=True, env=environment())
         assert done.returncode == 0, done.stderr
