@@ -69,7 +69,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@echo "installing into .venv, which takes a few minutes"
 	$(PYTHON) -m venv .venv
 	$(PIP) setuptools ninja torch
-	$(PIP) --no-build-isolation --editable ".[dev,trl]"
+	$(PIP) --no-build-isolation --editable ".[dev,trl,torchft]"
 	@touch $@
 
 $(INSTALLED_AUDIT): constraints.txt

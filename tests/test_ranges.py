@@ -11,6 +11,7 @@ from packaging.version import Version
 
 ROOT = Path(__file__).resolve().parents[1]
 NOT_AT_ITS_FLOOR = {"torch"}
+EXTRAS = ("dev", "trl", "torchft", "audit", "docs")
 
 
 def pins(file: str) -> dict[str, Version]:
@@ -37,5 +38,7 @@ def test_the_constraints_lie_within_the_ranges() -> None:
     for name, requirement in allowed().items():
         assert pinned[name] in requirement.specifier, name
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    for requirement in map(Requirement, [*extras["dev"], *extras["trl"], *extras["audit"], *extras["docs"]]):
+    for requirement in map(
+        Requirement, [*extras["dev"], *extras["trl"], *extras["torchft"], *extras["audit"], *extras["docs"]]
+    ):
         assert pinned[requirement.name.lower()] in requirement.specifier, requirement.name

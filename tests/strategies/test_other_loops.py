@@ -179,13 +179,16 @@ TRL = [pytest.param(f"trl_{kind}", marks=[pytest.mark.trl, pytest.mark.slow]) fo
 
 
 @pytest.mark.filterwarnings("ignore:.*pin_memory:UserWarning")  # no device to pin for
-@pytest.mark.parametrize("name", ["hf_trainer", "bare_loop", *TRL])
+@pytest.mark.filterwarnings("ignore:The 'warn' method is deprecated:DeprecationWarning")  # as torchft calls logging
+@pytest.mark.parametrize("name", ["hf_trainer", "bare_loop", "replicas", *TRL])
 def test_the_examples_run(tmp_path, monkeypatch, name):
     if name.startswith("trl"):
         needs_trl("trl")
+    if name == "replicas":
+        pytest.importorskip("torchft", reason="torchft is not installed")
     monkeypatch.chdir(tmp_path)
     made = runpy.run_path(str(ROOT / "recipes" / "loops" / f"{name}.py"))["main"](steps=2)
-    if name == "bare_loop":
+    if name in ("bare_loop", "replicas"):
         assert len(made) == 2
         return
     assert made.state.global_step == 2
@@ -196,4 +199,4 @@ def test_the_examples_run(tmp_path, monkeypatch, name):
 
 def test_every_example_is_run():
     shipped = {path.stem for path in (ROOT / "recipes" / "loops").glob("*.py")}
-    assert shipped == {"hf_trainer", "bare_loop", *(case.values[0] for case in TRL)}
+    assert shipped == {"hf_trainer", "bare_loop", "replicas", *(case.values[0] for case in TRL)}
