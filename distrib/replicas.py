@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import warnings
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -147,7 +148,7 @@ class Replicas:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._manager.shutdown(wait=False)
+        self._manager.shutdown()
 
 
 def _gradient(parameter: nn.Parameter) -> Tensor:
@@ -170,8 +171,13 @@ def _transport(here: str, timeout: timedelta) -> Any:
 
         @classmethod
         def _load_from_address(cls, address: str, timeout: timedelta) -> Any:
-            with urlopen(address, timeout=timeout.total_seconds()) as answer:
+            with urlopen(address, timeout=timeout.total_seconds()) as answer, warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="The given buffer is not writable")  # it is copied from
                 return _streaming_load(answer, weights_only=True)
+
+        def shutdown(self, wait: bool = True) -> None:
+            super().shutdown(wait)
+            self._server.server_close()
 
     return OnlyData(timeout, num_chunks=0)
 

@@ -9,8 +9,10 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from itertools import groupby
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import pytest
@@ -133,6 +135,33 @@ def test_a_step_that_never_succeeds_ends_the_run(monkeypatch: pytest.MonkeyPatch
             with pytest.raises(NotReached, match=r"^step 1 failed 10 times: planted$"):
                 few.update(loss)
             assert torch.equal(model.weight, before)
+
+
+class Planted:
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.file,)
+
+
+def test_pickled_objects_of_another_replica_are_not_read(tmp_path: Path) -> None:
+    pytest.importorskip("torchft", reason=WITHOUT)
+    found = []
+    for state in ({"weights": torch.arange(3.0), "lr": 0.1}, Planted(tmp_path / "touched")):
+        transport = replicas._transport("127.0.0.1", timedelta(seconds=20))
+        try:
+            transport.send_checkpoint([1], 7, state, timedelta(seconds=20))
+            found.append(transport.recv_checkpoint(0, transport.metadata(), 7, timedelta(seconds=20)))
+        except UnpicklingError as error:
+            found.append(error)
+        finally:
+            transport.shutdown()
+    data, refused = found
+    assert data["lr"] == 0.1
+    assert data["weights"].tolist() == [0, 1, 2]
+    assert isinstance(refused, UnpicklingError)
+    assert not (tmp_path / "touched").exists()
 
 
 def test_without_torchft_it_says_how_to_have_it(monkeypatch: pytest.MonkeyPatch) -> None:
