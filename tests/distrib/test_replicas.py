@@ -3,8 +3,10 @@ that had all rows."""
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -22,14 +24,22 @@ from replica_cases import batch, loss_of, parts, wait_for
 from distrib import replicas
 from distrib.errors import NotReached, UserError
 
-WITHOUT = "torchft is not installed: pip install -c constraints.txt .[torchft]"
 pytestmark = pytest.mark.filterwarnings("ignore:The 'warn' method is deprecated:DeprecationWarning")  # torchft's
 ROOT = Path(__file__).resolve().parents[2]
 
 
+@pytest.fixture(scope="module")
+def torchft() -> None:
+    pytest.importorskip("torchft", reason="torchft is not installed: pip install -c constraints.txt .[torchft]")
+    try:
+        socket.create_server(("::", 0), family=socket.AF_INET6).close()
+    except OSError as error:
+        pytest.skip(f"torchft listens on IPv6: {error}")
+
+
 @contextmanager
 def lighthouse() -> Iterator[str]:
-    coordination: Any = pytest.importorskip("torchft.coordination", reason=WITHOUT)
+    coordination: Any = importlib.import_module("torchft.coordination")
     server = coordination.LighthouseServer(
         bind="127.0.0.1:0", min_replicas=1, join_timeout_ms=500, heartbeat_timeout_ms=2000
     )
@@ -67,6 +77,7 @@ def lines(folder: Path, who: str) -> list[list[str]]:
     return [line.split() for line in (folder / who).read_text().splitlines()]
 
 
+@pytest.mark.usefixtures("torchft")
 def test_replicas_that_go_and_come_train_as_one_process(tmp_path: Path) -> None:
     with lighthouse() as address:
         processes = {"first": started(tmp_path, "first", address)}
@@ -98,17 +109,17 @@ def test_replicas_that_go_and_come_train_as_one_process(tmp_path: Path) -> None:
             assert (trained[name] - right).norm() <= 1e-10 * right.norm(), (who, name)
 
 
+@pytest.mark.usefixtures("torchft")
 @pytest.mark.parametrize("given", ["", "nowhere"])
 def test_a_lighthouse_that_is_not_named_is_said(monkeypatch: pytest.MonkeyPatch, given: str) -> None:
-    pytest.importorskip("torchft", reason=WITHOUT)
     monkeypatch.setenv(replicas.LIGHTHOUSE, given)
     model = torch.nn.Linear(1, 1)
     with pytest.raises(UserError, match=re.escape(f"TORCHFT_LIGHTHOUSE={given!r}: name the lighthouse, as http://")):
         replicas.Replicas(model, torch.optim.SGD(model.parameters()))
 
 
+@pytest.mark.usefixtures("torchft")
 def test_a_lighthouse_that_does_not_answer_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("torchft", reason=WITHOUT)
     monkeypatch.setenv(replicas.LIGHTHOUSE, "http://127.0.0.1:9")
     monkeypatch.setattr(replicas, "CONNECT_S", 1.0)
     model = torch.nn.Linear(1, 1)
@@ -116,9 +127,9 @@ def test_a_lighthouse_that_does_not_answer_is_said(monkeypatch: pytest.MonkeyPat
         replicas.Replicas(model, torch.optim.SGD(model.parameters()))
 
 
+@pytest.mark.usefixtures("torchft")
 def test_a_step_that_never_succeeds_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     """torchft takes up any error of its own, and would make the step again for ever."""
-    pytest.importorskip("torchft", reason=WITHOUT)
     model = torch.nn.Linear(1, 1)
     with lighthouse() as address:
         monkeypatch.setenv(replicas.LIGHTHOUSE, address)
@@ -145,8 +156,8 @@ class Planted:
         return Path.touch, (self.file,)
 
 
+@pytest.mark.usefixtures("torchft")
 def test_pickled_objects_of_another_replica_are_not_read(tmp_path: Path) -> None:
-    pytest.importorskip("torchft", reason=WITHOUT)
     found = []
     for state in ({"weights": torch.arange(3.0), "lr": 0.1}, Planted(tmp_path / "touched")):
         transport = replicas._transport("127.0.0.1", timedelta(seconds=20))
