@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 from torch import nn
 
 
@@ -37,8 +39,19 @@ def ends(model: nn.Module) -> list[nn.Module | list[nn.Module]]:
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()  # type: ignore[operator]
     found = [end for end in (embedding, head) if end is not None and next(end.parameters(), None) is not None]
     if len(found) == 2 and head.weight is embedding.weight:
-        return [[embedding, head]]
-    return found
+        return [found] if alone(model, *found) else []
+    return [end for end in found if alone(model, end)]
+
+
+def alone(model: nn.Module, *parts: nn.Module) -> bool:
+    """Whether all places of their parameters are in these parts; BERT's head has its bias at two, in and out."""
+    places = _places(model)
+    return all(places[one] == count for one, count in _places(*parts).items())
+
+
+def _places(*modules: nn.Module) -> Counter[nn.Parameter]:
+    every = (part for module in modules for part in module.modules())
+    return Counter(one for part in every for one in part._parameters.values() if one is not None)
 
 
 def _class_names(module: nn.Module) -> set[str]:

@@ -74,6 +74,16 @@ def of_family(topology: Topology, family: str, side: str = "plain") -> dict[str,
     return gathered(step.engine)
 
 
+def sharded(topology: Topology, family: str) -> dict[str, Tensor]:
+    """Each rank has all rows: the gradients of their mean."""
+    model: Any = all_families.build(family)
+    sides.edit("plain", model, topology)
+    engine = make("fsdp2", model, lambda *_: None, topology, Settings(optimizer=None))
+    step = sides.prepare("plain", model, engine=engine)
+    step([rows()], Context(0, 0, float(topology.world * rows()["labels"][:, 1:].numel())))
+    return gathered(engine)
+
+
 def dropped(topology: Topology) -> tuple[Tensor, Tensor]:
     """What dropout leaves of a part in the first block, and a number drawn after the blocks."""
     topology = replace(topology, tensor=topology.world)

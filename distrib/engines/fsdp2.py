@@ -19,7 +19,7 @@ from distrib.engines import Fill
 from distrib.engines.tensor_parallel import TensorParallel
 from distrib.engines.torch_engine import TorchEngine
 from distrib.topology import ensure_group
-from distrib.units import blocks, ends, units
+from distrib.units import alone, blocks, ends, units
 
 
 class FSDP2(TorchEngine):
@@ -39,14 +39,15 @@ class FSDP2(TorchEngine):
             mesh = init_device_mesh(self.topology.device_type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
             self._mesh = mesh["data"]
         self._parallel = TensorParallel(self.model, mesh["tensor"]) if "tensor" in sizes else None
-        names = {name for name, _ in blocks(self.model)}
+        # What shares a parameter with others is gathered with them: with the model, at last.
+        lone = {name: alone(self.model, block) for name, block in blocks(self.model)}
         outer = ends(self.model)
         for name, unit in units(self.model):
             fill(self.model, name)
             unit.to(self.topology.device)
-            if name in names:
-                if self._parallel:
-                    self._parallel.split(name, unit)
+            if name in lone and self._parallel:
+                self._parallel.split(name, unit)
+            if lone.get(name):
                 self._shard(unit)
         for end in outer:
             self._shard(end)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import tensor_cases
 import torch
 import twobp_cases
 from contract.checks import approximate_ones, settings, tolerance
@@ -97,6 +98,14 @@ def test_a_partial_window_with_a_filler_is_exact(two_ranks: Ranks, engine: str) 
     shares = [[padded([rows[0]]), padded([rows[1]])], [padded([rows[2]]), padded([rows[2]], learn=False)]]
     for found in two_ranks("engine_cases:gradients", made_from, dtype, shares):
         assert worst(found, expected) < bound
+
+
+@pytest.mark.parametrize("family", ["roberta", "bert"])
+def test_a_bias_at_two_places_is_sharded_once(two_ranks: Ranks, family: str) -> None:
+    """In these heads, whose weight is the embedding's; that lies in a part of RoBERTa's that may not be split."""
+    expected = tensor_cases.plain_gradients(family)
+    for found in two_ranks("tensor_cases:sharded", family):
+        assert tensor_cases.worst(found, expected) < 1e-12
 
 
 @pytest.mark.parametrize("split", [[4], [1, 3], [2, 2], [1, 1, 1, 1], [1, 2, 1]])
