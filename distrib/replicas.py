@@ -10,10 +10,8 @@ from __future__ import annotations
 
 import logging
 import os
-import socket
 import warnings
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from importlib.util import find_spec
@@ -25,6 +23,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from distrib.errors import NotReached, UserError
+from distrib.topology import address_towards
 
 log = logging.getLogger("ebbtide")
 
@@ -73,7 +72,9 @@ class Replicas:
         self.model = model
         self.optimizer = optimizer
         self._others = others
-        here = _address_towards(host)
+        here = address_towards(host)
+        if not here:
+            raise UserError(f"{LIGHTHOUSE}={lighthouse!r}: no way there from here")
         timeout = timedelta(seconds=timeout_s)
         self._store = dist.TCPStore(here, 0, is_master=True, wait_for_workers=False)
         self._manager = self._made(lighthouse, here, timeout)
@@ -180,11 +181,3 @@ def _transport(here: str, timeout: timedelta) -> Any:
             self._server.server_close()
 
     return OnlyData(timeout, num_chunks=0)
-
-
-def _address_towards(host: str) -> str:
-    """Of this machine, by the route there; no packet is sent."""
-    with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect((host, 9))
-        return str(probe.getsockname()[0])
-    raise UserError(f"{LIGHTHOUSE}: no way to {host!r} from here")

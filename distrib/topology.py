@@ -216,21 +216,25 @@ def _pin_interface(topology: Topology) -> None:
         os.environ.setdefault("NCCL_SOCKET_IFNAME", name)
 
 
+def address_towards(host: str) -> str | None:
+    """This machine's, by the route there, for IPv4; no packet is sent."""
+    with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((host, 9))
+        return str(probe.getsockname()[0])
+    return None
+
+
 def _interface(host: str) -> str | None:
-    """By the route there, for IPv4 on Linux; no packet is sent."""
-    if sys.platform != "linux":
+    """By the route there, on Linux."""
+    if sys.platform != "linux" or not (address := address_towards(host)):
         return None
     import fcntl
 
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect((host, 9))
-        except OSError:
-            return None
-        here = socket.inet_aton(probe.getsockname()[0])
+    here = socket.inet_aton(address)
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asked:
         for _, name in socket.if_nameindex():
             with suppress(OSError):  # an interface without an address
-                found = fcntl.ioctl(probe, SIOCGIFADDR, name.encode().ljust(256, b"\0"))
+                found = fcntl.ioctl(asked, SIOCGIFADDR, name.encode().ljust(256, b"\0"))
                 if found[20:24] == here and name != "lo":
                     return name
     return None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import select
 import shutil
 import socket
@@ -18,8 +19,9 @@ from pathlib import Path
 from typing import Any
 
 TIMEOUT_S = 30
-ITS_OWN = b"CONNECT www.google.com:443 "
-"""Chromium looks for its search engine, whatever the page is."""
+SLOW_S = 10
+ITS_OWN = re.compile(rb"CONNECT [\w.-]+\.(google|googleapis|gstatic)\.com:443 ")
+"""Chromium looks for its search engine, whatever the page is; what a page asks of them is in `asked`."""
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 FLAGS = [
     "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run", "--disable-sync",
@@ -141,15 +143,14 @@ class Browser:
             text = {"text": "\r"} if kind == "keyDown" and key == "Enter" else {}
             self.call("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=code, **text)
 
-    def connected(self, patience_s: float = 0) -> bool:
-        """Whether a page reached the proxy since the last call."""
-        end, found = time.monotonic() + patience_s, False
-        while not found and select.select([self.proxy], [], [], max(0, end - time.monotonic()))[0]:
+    def connected(self, patience_s: float = 0) -> list[bytes]:
+        """What pages said to the proxy since the last call; nothing is b""."""
+        end, heard = time.monotonic() + patience_s, list[bytes]()
+        while select.select([self.proxy], [], [], 0 if heard else max(0, end - time.monotonic()))[0]:
             with self.proxy.accept()[0] as connection:
-                found = not (select.select([connection], [], [], 1)[0] and connection.recv(99).startswith(ITS_OWN))
-        while select.select([self.proxy], [], [], 0)[0]:
-            self.proxy.accept()[0].close()
-        return found
+                said = connection.recv(99) if select.select([connection], [], [], SLOW_S)[0] else b""
+            heard += [] if ITS_OWN.match(said) else [said]
+        return heard
 
     def close(self) -> None:
         os.close(self._to)

@@ -110,6 +110,14 @@ def test_replicas_that_go_and_come_train_as_one_process(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("torchft")
+def test_a_lighthouse_out_of_reach_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(replicas.LIGHTHOUSE, "http://nothing.invalid:29510")
+    model = torch.nn.Linear(1, 1)
+    with pytest.raises(UserError, match=re.escape("'http://nothing.invalid:29510': no way there from here")):
+        replicas.Replicas(model, torch.optim.SGD(model.parameters()))
+
+
+@pytest.mark.usefixtures("torchft")
 @pytest.mark.parametrize("given", ["", "nowhere"])
 def test_a_lighthouse_that_is_not_named_is_said(monkeypatch: pytest.MonkeyPatch, given: str) -> None:
     monkeypatch.setenv(replicas.LIGHTHOUSE, given)
