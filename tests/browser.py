@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 TIMEOUT_S = 30
-SLOW_S = 10
+SILENT_S = 4
 ITS_OWN = re.compile(rb"CONNECT [\w.-]+\.(google|googleapis|gstatic)\.com:443 ")
 """Chromium looks for its search engine, whatever the page is; what a page asks of them is in `asked`."""
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
@@ -144,12 +144,15 @@ class Browser:
             self.call("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=code, **text)
 
     def connected(self, patience_s: float = 0) -> list[bytes]:
-        """What pages said to the proxy since the last call; nothing is b""."""
+        """What pages said to the proxy since the last call; b"" of one that holds the line in silence. Who hangs up
+        without a word, as Chromium does of itself, has asked for nothing."""
         end, heard = time.monotonic() + patience_s, list[bytes]()
         while select.select([self.proxy], [], [], 0 if heard else max(0, end - time.monotonic()))[0]:
             with self.proxy.accept()[0] as connection:
-                said = connection.recv(99) if select.select([connection], [], [], SLOW_S)[0] else b""
-            heard += [] if ITS_OWN.match(said) else [said]
+                speaks = bool(select.select([connection], [], [], SILENT_S)[0])
+                said = connection.recv(99) if speaks else b""
+            if (said or not speaks) and not ITS_OWN.match(said):
+                heard.append(said)
         return heard
 
     def close(self) -> None:
