@@ -71,7 +71,7 @@ class Replicas:
             raise UserError(f"{LIGHTHOUSE}={lighthouse!r}: name the lighthouse, as http://HOST:29510")
         self.model = model
         self.optimizer = optimizer
-        self._others = others
+        self._held: list[Stateful] = [model, optimizer, *others]
         here = address_towards(host)
         if not here:
             raise UserError(f"{LIGHTHOUSE}={lighthouse!r}: no way there from here")
@@ -137,12 +137,10 @@ class Replicas:
         return None
 
     def _state(self) -> dict[str, Any]:
-        held: list[Stateful] = [self.model, self.optimizer, *self._others]
-        return {str(index): part.state_dict() for index, part in enumerate(held)}
+        return {str(index): part.state_dict() for index, part in enumerate(self._held)}
 
     def _load(self, state: dict[str, Any]) -> None:
-        held: list[Stateful] = [self.model, self.optimizer, *self._others]
-        for index, part in enumerate(held):
+        for index, part in enumerate(self._held):
             part.load_state_dict(state[str(index)])
 
     def __enter__(self) -> Replicas:
